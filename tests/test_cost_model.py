@@ -86,17 +86,13 @@ def test_scale_stretches_every_step_and_no_transfer() -> None:
     """A worker's scale multiplies the cost of its steps and leaves transfers as they are."""
     slow = CostModel(COSTS, scale=2.0)
     assert slow.prefill_s(500, 100) == pytest.approx(2 * MODEL.prefill_s(500, 100))
-    assert slow.transfer_s(1e6, "mapped") == MODEL.transfer_s(1e6, "mapped")
+    assert slow.swap_in_s(1e6) == MODEL.swap_in_s(1e6) and slow.handoff_s == MODEL.handoff_s
 
 
-def test_bytes_wait_for_those_before_them() -> None:
-    """Transfers wait for the bytes queued before them, and handoffs and swaps cost their fixed and per-byte parts."""
-    model = CostModel(
-        COSTS, links={"shared": LinkModel(0.1), "tcp": LinkModel(0.5, 1e-3)}, swap=LinkModel(0.2, 1e-2)
-    )
-    assert model.transfer_s(1000, "tcp", queued=2000) == pytest.approx(3.5)
-    assert model.handoff_s(0, "tcp", queued=2000) == pytest.approx(0.1)
-    assert model.handoff_s(1000, "tcp") == pytest.approx(1.6)
+def test_handoffs_and_swaps() -> None:
+    """A handoff costs its fixed part, and a swap its fixed part and a part for each byte."""
+    model = CostModel(COSTS, links={"shared": LinkModel(0.1)}, swap=LinkModel(0.2, 1e-2))
+    assert model.handoff_s == 0.1
     assert (model.swap_in_s(100), model.swap_in_s(0)) == (pytest.approx(1.2), 0.0)
 
 

@@ -27,9 +27,9 @@ class LinkModel:
     fixed_s: float = 0.0
     byte_s: float = 0.0
 
-    def seconds(self, size: float, queued: float = 0.0) -> float:
-        """Seconds until ``size`` bytes have arrived, behind ``queued`` bytes on the same path."""
-        return self.fixed_s + self.byte_s * (size + queued)
+    def seconds(self, size: float) -> float:
+        """Seconds until ``size`` bytes have arrived, if none are before them on the same path."""
+        return self.fixed_s + self.byte_s * size
 
 
 LINKS: Mapping[str, LinkModel] = {
@@ -175,23 +175,14 @@ class CostModel:
 
     # ---- bytes ----------------------------------------------------------------------------------------------
 
-    def transfer_s(self, size: float, path: str, queued: float = 0.0) -> float:
-        """Seconds to move ``size`` bytes to another shard, behind ``queued`` bytes on ``path``.
+    @property
+    def handoff_s(self) -> float:
+        """Seconds from the first token until the decode worker owns the request, if no page moves."""
+        return self.links["shared"].fixed_s
 
-        Raises KeyError for an unknown path.
-        """
-        return self.links[path].seconds(size, queued)
-
-    def handoff_s(self, size: float, path: str = "shared", queued: float = 0.0) -> float:
-        """Seconds from the first token until the decode worker owns the request.
-
-        ``size``: bytes of its pages that the decode worker's shard does not have.
-        """
-        return self.links["shared"].fixed_s + (self.transfer_s(size, path, queued) if size else 0.0)
-
-    def swap_in_s(self, size: float, queued: float = 0.0) -> float:
+    def swap_in_s(self, size: float) -> float:
         """Seconds to bring ``size`` bytes from a slower tier into the arena."""
-        return self.swap.seconds(size, queued) if size else 0.0
+        return self.swap.seconds(size) if size else 0.0
 
     def swap_break_even(self) -> float:
         """Tokens from which a swap-in is faster than computing them; infinity if it never is.

@@ -42,7 +42,6 @@ from memserve.scheduling.cost_model import LINKS, CostModel, LinkModel
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.membership import DECODES, PREFILLS
-from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import PLAIN, Placement, Policy, count_placement
 from memserve.tokens import count
 
@@ -123,7 +122,6 @@ class Cost:
 
     weights: Weights = Weights()
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
-    outputs: OutputLengths = attrs.field(factory=OutputLengths)
     occupancy: LinkOccupancy = attrs.field(factory=LinkOccupancy, init=False)
 
     def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> LinkModel:
@@ -133,9 +131,15 @@ class Cost:
         return self.links[self.weights.far_path if far else self.weights.path]
 
     def choose(
-        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+        self,
+        fleet: Fleet,
+        request: Request,
+        match: PromptPath,
+        answer: float,
+        now: float,
+        only: Collection[ActorId] = (),
     ) -> Placement | None:
-        quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now, only)
+        quote = Quote(self, fleet, match, count(request.tokens), answer, now, only)
         priced = quote.candidates()
         if not priced:
             return None
@@ -145,10 +149,6 @@ class Cost:
         sure_s = start.ttft + SURE_S if handed else SURE_S
         count_placement(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
         return choice
-
-    def learn(self, tenant: str, tokens: int) -> None:
-        """Take in the length of a tenant's answer."""
-        self.outputs.learn(tenant, tokens)
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of a dead actor."""
@@ -306,7 +306,7 @@ class Quote:
     def _handoff(self, prefill: Worker, decode: Worker) -> float:
         """The price of decoding on another worker than the one that runs the prompt."""
         model, here, there = prefill.model, prefill.member.shard, decode.member.shard
-        price = self.weights.margin_s + model.handoff_s(0)
+        price = self.weights.margin_s + model.handoff_s
         if there == here:
             return price
         missing = self._missing_tokens(there)
