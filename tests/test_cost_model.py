@@ -298,10 +298,12 @@ def test_a_kind_of_steps_that_was_not_seen_drifts_as_the_other() -> None:
 
 
 def test_drafts_are_part_of_the_prediction() -> None:
-    """Draft tokens are part of a step's predicted cost, so that speculation does not change the worker's scale."""
+    """Draft tokens are part of a step's predicted cost, so that speculation does not change the worker's scale. Each
+    has a draw, as a row has, but the context is read once for its whole row."""
     watch = StepWatch()
-    plan = BatchPlan((Row(pack([0]), 63, tuple(range(8)), None, draft=pack([1, 2, 3])),))
-    seconds = CostModel(COSTS).step_s([(1, 63)] * 4)
+    plan = BatchPlan((Row(pack([0]), 1_000, tuple(range(8)), None, draft=pack([1, 2, 3])),))
+    seconds = MODEL.batch_s(4, 4, 1_000, 1_000.5 + 3 * 1_002.5)
+    assert seconds < MODEL.step_s([(1, 1_000)] * 4) - 2.9e3 * COSTS.read_s
     for at in range(200):
         watch.began(COSTS, plan, float(at))
         watch.ended(at + seconds)

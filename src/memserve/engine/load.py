@@ -78,9 +78,9 @@ class StepWatch:
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
-        drafted = [(1, row.start) for row in plan.rows for _ in range(count(row.draft))]
+        drafts = [(count(row.draft), row.end) for row in plan.rows if row.draft]
         self._foreseen = not any(row.score is not None or row.draft_most for row in plan.rows)
-        self._predicted_s, self._began = self._model.step_s(rows + drafted), now
+        self._predicted_s, self._began = self._model.step_s(rows, drafts), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 

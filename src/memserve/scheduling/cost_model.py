@@ -100,14 +100,21 @@ class CostModel:
 
     # ---- steps ----------------------------------------------------------------------------------------------
 
-    def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
-        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them), by ``scale``."""
+    def step_s(self, rows: Iterable[tuple[int, int]], drafts: Iterable[tuple[int, int]] = ()) -> float:
+        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them), by ``scale``.
+
+        ``drafts``: rows' draft tokens, likewise. Each has a draw, as a row has, but its row's context is read once.
+        """
         tokens = number = context = 0
         pairs = 0.0
         for new, before in rows:
             tokens += new
             number += 1
             context += before
+            pairs += new * (before + new / 2)
+        for new, before in drafts:
+            tokens += new
+            number += new
             pairs += new * (before + new / 2)
         return self.batch_s(tokens, number, context, pairs)
 
