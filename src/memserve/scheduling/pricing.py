@@ -25,6 +25,10 @@ A second counts the same, whoever loses it: ``others_weight`` is 1. Only first t
 ``ttft_weight``. With a lower weight for the others, an overloaded host brings first tokens sooner, and all
 answers later.
 
+Three things are in no price (docs/measurements/2026-11-28-prices.md). Drafts make a stream's step up to half longer
+and an answer's steps fewer. Tokens that a grammar forces add some percent to a step. Prompts whose log probabilities
+are wanted take nearly twice as long with a model of 135M parameters, and hardly longer with one of many billions.
+
 Not all pairs are priced: only the few prefill workers with the shortest queues and those of the shards that
 hold the most of the prompt, each with the decode workers that it reaches at the least cost.
 """
