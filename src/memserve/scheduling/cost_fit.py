@@ -128,7 +128,7 @@ SCALE_MAX = 16.0
 
 @attrs.define
 class Drift:
-    """How much longer steps of one kind take than measured at start. One figure: noise cannot bend their shape."""
+    """How much longer steps take than measured at start. One figure: noise cannot bend the costs' shape."""
 
     _log: float = attrs.field(default=0.0, init=False)
 
