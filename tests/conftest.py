@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401 - before the objects are frozen that it looks for with the garbage collector
 import pytest
 import trio
 import trio.testing
@@ -30,6 +32,18 @@ LONG_FIRST = (
     "test_cuda_engine.py",
 )
 """The slowest files: `make test` runs two at a time and starts with these, so none is left for the end."""
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while test files are imported: all that they make stays."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all later collections: each would look at a million objects that stay."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -300,8 +300,12 @@ async def test_a_prompt_is_cut_at_its_head_if_its_client_asks_for_that(bos, most
     assert chat == [*bos, *whole[len(whole) - most + len(bos) :]]
 
 
-async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch):
-    """One client's megabytes would hold up all other clients' streams for a second or two."""
+@pytest.mark.parametrize(("kind", "items"), [(CHAT, "messages"), ("/v1/responses", "input")])
+@pytest.mark.parametrize(
+    "long", [[HI[0] | {"content": "x" * LONG_BODY}], HI * 10_000], ids=["bytes", "items"]
+)
+async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch, kind, items, long):
+    """One client's megabytes, or thousands of messages, would hold up all other clients' streams."""
     here = threading.current_thread()
     aside: list[bool] = []
 
@@ -312,11 +316,11 @@ async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch)
 
         return noted
 
-    monkeypatch.setattr(app, "read_body", noting(app.read_body))
+    read = "read_body" if kind == CHAT else "read_response"
+    monkeypatch.setattr(app, read, noting(getattr(app, read)))
     monkeypatch.setattr(prompts, "_rendered", noting(prompts._rendered))
-    assert (await post({"messages": HI}, CHAT)).status_code == 200
-    long = [{"role": "user", "content": "x" * LONG_BODY}]
-    assert (await post({"messages": long}, CHAT)).json()["error"]["param"] == "messages"
+    assert (await post({items: HI}, kind)).status_code == 200
+    assert (await post({items: long}, kind)).json()["error"]["param"] == items
     assert aside == [False, False, True, True]
 
 

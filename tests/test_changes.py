@@ -235,12 +235,10 @@ def test_role_and_drain_of_processes(tmp_path: Path) -> None:
         shown = memserve("status")
         assert "DecodeWorker prefill by hand" in " ".join(shown.split())
         assert not [line for line in shown.splitlines() if line.startswith("p0 ")]
-        (left,) = [line for line in cluster.lines() if line["event"] == "actor left"]
+        (left,) = cluster.lines("actor left")
         assert left["returncode"] == 0
         time.sleep(1.0)  # a restart would come after 0.2 s
-        started = [
-            line for line in cluster.lines() if line["event"] == "actor started" and line["child"] == "p0"
-        ]
+        started = [line for line in cluster.lines("actor started") if line["child"] == "p0"]
         assert len(started) == 1
         cluster.wait_idle()
         assert cluster.tokens(prompts[0], 24) == undisturbed[0]

@@ -7,7 +7,8 @@ import random
 import attrs
 import pytest
 
-from memserve.sim.clients import Call
+from memserve.sim.clients import Call, Clients
+from memserve.sim.cluster import SimCluster
 from memserve.sim.layout import Layout, fixed, on_sites
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, Turn
@@ -57,3 +58,30 @@ def test_a_deadline_that_is_far_away_changes_nothing() -> None:
     far = tuple(attrs.evolve(one, ttft_s=1e6) for one in rushed(20.0, None))
     others, _ = play(Run(layout=COLOCATED, sessions=far))
     assert [one.prefill for one in clients.calls] == [one.prefill for one in others.calls]
+
+
+def test_deadlines_are_kept_again_once_a_busy_machine_is_free() -> None:
+    """A minute in which steps take five times as long does not have every later request refused.
+
+    Where nothing is accepted, nothing runs, and so nothing can show that steps are fast again.
+    """
+    run = Run(layout=fixed("colocated", 1, pages=8_000), sessions=())
+    cluster, made = run.cluster(), []
+    for i in range(400):
+        turn = Turn((Piece(f"p{i}", 4000),), 40)
+        made.append(Session(f"r{i}", 5.0 + i * 0.5, (turn,), ttft_s=WANTED_S / 2))
+    clients = Clients(cluster, made, 0)
+    cluster.start()
+    cluster.world.at(20.0, slow_down, cluster, 5.0)
+    cluster.world.at(80.0, slow_down, cluster, 1.0)
+    cluster.world.run(300.0, lambda: clients.done)
+    good = [one.complete and one.first_at - one.asked_at <= WANTED_S / 2 for one in clients.calls]
+    assert all(good[:30]), "before"
+    assert sum(one.complete for one in clients.calls[40:150]) < 12, "what cannot be in time is not accepted"
+    assert all(good[200:]), "from half a minute after"
+
+
+def slow_down(cluster: SimCluster, factor: float) -> None:
+    """Let every step take ``factor`` times as long, as beside another program."""
+    for worker in cluster.layout.workers:
+        cluster.world.actors[worker.name].slowness = factor

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 from structlog.testing import capture_logs
@@ -112,6 +113,23 @@ def test_two_answers_that_begin_alike_do_not_disturb_one_another(grammars):
         assert masks[0] == masks[1]
         begun = [(*one, masks[0][0]) for one in begun]
         grammars.allowed(text, pack(begun[0]))
+
+
+def test_what_ended_answers_leave_behind_is_limited(grammars, tokenizer, monkeypatch):
+    """States are dropped by the size of their grammars: a thousand answers by large schemas would take gigabytes."""
+    texts = [grammar(regex=f"[a-c]{{9}}{'x' * 1000}{i}") for i in range(6)]
+    answers = [[*islice(walk(grammars, text, 1), 3)] for text in texts]
+    masks = [
+        [grammars.allowed(text, pack(one[:at])) for text, one in zip(texts, answers, strict=True)]
+        for at in range(3)
+    ]
+    monkeypatch.setattr(grammars_module, "FOLLOWED_BYTES", 3 * len(texts[0]))
+    found = made(tokenizer)
+    for at in range(3):
+        assert [
+            found.allowed(text, pack(one[:at])) for text, one in zip(texts, answers, strict=True)
+        ] == masks[at]
+        assert [text for text, _ in found._followed] == texts[3:]
 
 
 def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(tokenizer):

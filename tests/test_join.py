@@ -68,7 +68,7 @@ def test_a_worker_joins_under_load_dies_and_leaves(tmp_path: Path) -> None:
         assert wrong == []
         assert set(served) == set(range(3))
         assert [one for one in cluster.members() if one["id"].startswith("d1.")] == []
-        resubmitted = [line["reason"] for line in cluster.lines() if line["event"] == "request resubmitted"]
+        resubmitted = [line["reason"] for line in cluster.lines("request resubmitted")]
         assert not [reason for reason in resubmitted if "d1" not in reason], (
             "only its SIGKILL may cost a retry"
         )

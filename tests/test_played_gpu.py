@@ -51,7 +51,7 @@ def exact() -> Exact:
 
 def moved_bytes(cluster: Cluster) -> set[int]:
     """Bytes of KV moved between the workers of each request."""
-    return {line["moved_bytes"] for line in cluster.lines() if line["event"] == "decode started"}
+    return {line["moved_bytes"] for line in cluster.lines("decode started")}
 
 
 def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards, exact, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from memserve.actions import Log
@@ -15,7 +16,7 @@ from memserve.scheduling.cost_model import CostModel
 from memserve.sim.clients import Clients
 from memserve.sim.layout import fixed
 from memserve.sim.run import Run, play
-from memserve.sim.workloads import shared_documents
+from memserve.sim.workloads import Piece, Session, Turn, shared_documents
 from memserve.sim.world import Actor
 from memserve.tokens import pack
 from placement_world import COSTS, PAGE, World, busy
@@ -101,3 +102,17 @@ def test_first_tokens_come_when_they_are_predicted(monkeypatch: pytest.MonkeyPat
     early = [id for id, seconds in predicted.items() if real[id] < seconds - 0.01]
     assert len(predicted) > 80
     assert len(early) < 0.02 * len(predicted)
+
+
+def test_a_worker_that_measured_beside_other_programs_is_tried() -> None:
+    """Costs that are three times too high keep no worker idle: nothing but its own steps could correct them."""
+    layout = fixed("colocated", 2, pages=4000, shared=True)
+    first, second = layout.workers
+    layout = attrs.evolve(layout, workers=(first, attrs.evolve(second, overrated=3.0)))
+    turn = Turn((Piece("prompt", 64),), 40, fresh=True, wait_s=0.2)
+    sessions = tuple(Session(f"r{i}", 0.3 * i, (turn,) * 100) for i in range(3))
+    clients, _ = play(Run(layout=layout, sessions=sessions))
+    tried = [one.asked_at for one in clients.calls if one.prefill.startswith(second.name)]
+    assert min(tried) < 35.0
+    later = [one for one in clients.calls if one.asked_at > 35.0]
+    assert sum(one.prefill.startswith(second.name) for one in later) > 0.3 * len(later)

@@ -8,7 +8,6 @@ a dead worker stopped.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import signal
 import threading
@@ -22,19 +21,14 @@ import httpx
 import openai
 import pytest
 
-from adjustments import adjustments, mask_of, past_of
-from clusters import Cluster, running
+from adjustments import adjustments, mask_of
+from alone import Alone
+from clusters import UNKNOWN, Cluster, running
 from fake_service import demo_tokenizer
 from memserve.drawing import Sampling
-from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.runner import CpuEngine
-from memserve.engine.spec import find_model
-from memserve.engine.weights import prepare
-from memserve.tokens import pack
-from test_model import DEMO, GREEDY, prompt
+from test_model import prompt
 
 pytestmark = pytest.mark.usefixtures("native_step")
-PAGES, PAGE_TOKENS = 64, 16
 VOCAB = 40_000
 CHUNK = 40
 """Prompt tokens per step of the cluster; not a multiple of a page, so that pages fill in several steps."""
@@ -43,27 +37,6 @@ LONG = prompt(900, 1, VOCAB)
 STREAMS = [prompt(length, length, VOCAB) for length in (33, 75)]
 STREAMED = 120
 """Tokens of a stream: more than are sent until the workers are killed, even if this process is slow."""
-
-
-class Alone:
-    """One engine in this process, which runs every prompt alone and in one piece."""
-
-    def __init__(self) -> None:
-        files = prepare(find_model(DEMO), "bfloat16")
-        arena = mmap.mmap(-1, PAGES * files.spec.page_bytes(PAGE_TOKENS, "bfloat16"))
-        self._engine = CpuEngine(files.spec, files.weights, arena, PAGES, PAGE_TOKENS, "bfloat16", threads=2)
-
-    def tokens(
-        self, ids: list[int], new: int, how: Sampling = GREEDY, ends: tuple[int, ...] = ()
-    ) -> list[int]:
-        """Tokens, greedy unless ``how`` says otherwise, up to one of ``ends``."""
-        text, start = list(ids), 0
-        while len(text) < len(ids) + new and (len(text) == len(ids) or text[-1] not in ends):
-            past = past_of(how, text, len(ids), ends)
-            row = Row(pack(text[start:]), start, tuple(range(PAGES)), how, past)
-            start = len(text)
-            text += [token for token in self._engine.run(BatchPlan((row,))).tokens if token is not None]
-        return text[len(ids) :]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One prefill and one decode worker with the default dtype and chunks of CHUNK tokens."""
     settings = (f"batch.chunk_tokens={CHUNK}",)
     with running("demo.toml", tmp_path_factory.mktemp("rounded"), *settings) as started:
-        assert not [line for line in started.lines() if line["event"] == "native step unavailable"]
+        assert not started.lines("native step unavailable")
         yield started
 
 
@@ -142,7 +115,7 @@ def test_lost_workers_change_no_token(cluster: Cluster, alone: Alone) -> None:
         thread.join(60)
 
     assert [found.get(i) for i in range(3)] == expected
-    finished = [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-3:]
+    finished = [line["attempts"] for line in cluster.lines("request finished")][-3:]
     assert min(finished) >= 2, finished  # each was under way when its worker died
     cluster.wait_healthy()
     cluster.wait_idle()
@@ -180,7 +153,7 @@ def test_an_adjusted_answer_goes_on_as_it_was_when_its_worker_is_killed(
     for event in stream:
         found = found + event
     assert found == known
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
@@ -202,8 +175,8 @@ def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: C
     asked = {"temperature": 1.0, "seed": 4, "response_format": form, "ignore_eos": False}
     ids = prompt(90, 6, VOCAB)
     known = [token for event in cluster.stream(ids, STREAMED, **asked) for token in event]
-    victim = cluster.pid("d0")  # looked up before: a known answer goes fast, by speculation
-    stream = cluster.stream(ids, STREAMED, **asked)
+    victim = cluster.pid("d0")
+    stream = cluster.stream(ids, STREAMED, **asked, **UNKNOWN)
     found = next(stream)
     os.kill(victim, signal.SIGKILL)
     for event in stream:
@@ -211,7 +184,7 @@ def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: C
     assert found == known
     answer = json.loads(demo_tokenizer().decode(found))
     assert 30 <= len(answer["name"]) <= 60 and 5 <= len(answer["parts"]) <= 8
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
@@ -252,7 +225,7 @@ def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cl
     assert not [one for one in found if "id" in one], "the call began once"
     cluster.wait_healthy()
     cluster.wait_idle()
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
 
 
 def test_an_answer_scored_as_a_prompt_has_the_same_log_probabilities(cluster: Cluster) -> None:
@@ -278,7 +251,7 @@ def test_an_answer_scored_as_a_prompt_has_the_same_log_probabilities(cluster: Cl
 def test_a_prompt_is_scored_once_when_its_worker_is_killed(cluster: Cluster, victim: str, doing: str) -> None:
     """When a worker is killed, each prompt token is scored once in the answer, with the same values."""
     asked = {"echo": True, "logprobs": 3, "ignore_eos": True}
-    ids = prompt(900, 9, VOCAB)
+    ids = prompt(400, 9, VOCAB)
     calm = cluster.complete(ids, STREAMED, **asked)["choices"][0]
     known, found = started(cluster, doing), []
     thread = threading.Thread(target=lambda: found.append(cluster.complete(ids, STREAMED, **asked)))
@@ -291,14 +264,14 @@ def test_a_prompt_is_scored_once_when_its_worker_is_killed(cluster: Cluster, vic
     thread.join(90)
     (choice,) = found[0]["choices"]
     assert choice["logprobs"] == calm["logprobs"] and choice["token_ids"] == calm["token_ids"]
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] >= 2
+    assert cluster.lines("request finished")[-1]["attempts"] >= 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
 
 def started(cluster: Cluster, doing: str = "prefill") -> int:
     """How many prompts a prefill worker has begun, or answers a decode worker has continued."""
-    return sum(line["event"] == f"{doing} started" for line in cluster.lines())
+    return len(cluster.lines(f"{doing} started"))
 
 
 def test_a_response_is_the_chat_that_it_asks_for_though_its_worker_is_killed(cluster: Cluster) -> None:
@@ -307,19 +280,17 @@ def test_a_response_is_the_chat_that_it_asks_for_though_its_worker_is_killed(clu
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": STREAMED, **how}
     known = httpx.post(f"{cluster.url}/v1/chat/completions", json=chat, timeout=120).json()
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="k", max_retries=0, timeout=120) as client:
-        asked = {"temperature": 1.0, "max_output_tokens": STREAMED, "extra_body": {"seed": 5}}
-        found, killed = "", False
-        for event in client.responses.create(
-            model=client.models.list().data[0].id, input=text, stream=True, **asked
-        ):
+        asked = {"temperature": 1.0, "max_output_tokens": STREAMED, "extra_body": {"seed": 5, **UNKNOWN}}
+        model, victim = client.models.list().data[0].id, cluster.pid("d0")
+        found = ""
+        for event in client.responses.create(model=model, input=text, stream=True, **asked):
             if event.type == "response.output_text.delta":
+                if not found:
+                    os.kill(victim, signal.SIGKILL)
                 found += event.delta
-                if not killed:
-                    os.kill(cluster.pid("d0"), signal.SIGKILL)
-                    killed = True
     last = event.response
     assert found == last.output_text == known["choices"][0]["message"]["content"]
     assert last.usage.output_tokens == known["usage"]["completion_tokens"]
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from clusters import Cluster, running
 from test_model import prompt
 
+pytestmark = pytest.mark.usefixtures("native_step")
 VOCAB = 40_000
 TURN = 40
 """Tokens of an answer."""
@@ -15,17 +18,17 @@ TURN = 40
 
 def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
     """Pages are sent, returned and found again over TCP, with right tokens and counts."""
-    settings = ("transfer.path=tcp", "scheduler.policy=least_load", "model.dtype=float32")
+    settings = ("transfer.path=tcp", "scheduler.policy=least_load")
     with running("2shards.toml", tmp_path, *settings) as cluster:
         first = prompt(100, 1, VOCAB)
         answer = cluster.tokens(first, TURN)
         deadline = time.monotonic() + 20
-        while not (back := [one for one in cluster.lines() if one["event"] == "answer returned"]):
+        while not (back := cluster.lines("answer returned")):
             assert time.monotonic() < deadline, "the answer's pages never came back"
             time.sleep(0.1)
         again = cluster.tokens(first + answer[:20], TURN - 20)
 
-        one, two = (line for line in cluster.lines() if line["event"] == "request finished")
+        one, two = cluster.lines("request finished")
         moved = one["bytes_to_decode"] + two["bytes_to_decode"]
         deadline = time.monotonic() + 20
         while loads(cluster)["s0"]["transfer_out_bytes_total"] != moved:  # a heartbeat later

@@ -32,7 +32,7 @@ from memserve.sim.world import World
 from memserve.transfer.incoming import Incoming
 
 ROOT = Path(__file__).parents[1]
-GROUPS = [(f"{kind}:{start}", (kind,), range(start, start + 10)) for kind in KINDS for start in (0,)]
+GROUPS = [(f"{kind}:0", (kind,), range(5)) for kind in KINDS]
 GROUPS += [(f"all:{start}", KINDS, range(start, start + 20)) for start in range(0, 160, 20)]
 
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_simulated_is_explained(words, complaint, capsys: pytest.
 def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
     """Workers on one host slow each other down, and the ``cost`` policy therefore keeps streams together."""
     costs = costs_of(ROOT / "configs/costs/135m-two-cores.toml")
-    sessions = tuple(generated("sharegpt", rate=1.5, requests=60, seed=3))
+    sessions = tuple(generated("sharegpt", rate=1.5, requests=40, seed=3))
 
     def run(policy: str, sites: int) -> Report:
         layout = fixed("colocated", 2, pages=4000, shared=True, policy=policy)

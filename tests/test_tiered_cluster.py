@@ -75,12 +75,12 @@ def test_a_shard_comes_back_without_its_disk(tmp_path: Path) -> None:
         pages.write_text("in the way")
         os.kill(cluster.pid("s0"), signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while not any(line["event"] == "disk tier lost" for line in cluster.lines()):
+        while not cluster.lines("disk tier lost"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         cluster.wait_healthy()
         assert cluster.tokens([7, 8, 9], 4) == before
-    assert [line["disk_pages"] > 0 for line in cluster.lines() if line["event"] == "arena ready"] == [
+    assert [line["disk_pages"] > 0 for line in cluster.lines("arena ready")] == [
         True,
         False,
     ]

@@ -36,6 +36,8 @@ class StepCosts:
     prefill_crowding: float = 1.0
     """Relative slowdown of a step with prompt tokens on half of the cores. Such steps share cores less well:
     a part of them always runs on one core."""
+    rough: bool = False
+    """Whether they were measured beside other programs or on fewer cores, and so may be several times too high."""
 
     def crowded(self, slices: float, prompts: bool) -> float:
         """Factor on a step's seconds when other workers take part of its cores.

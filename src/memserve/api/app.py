@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
-from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, CompletionBody, StreamOptions, read_body
+from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, StreamOptions, is_long, read_body
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
@@ -100,7 +100,7 @@ class Api:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
-        long = len(await request.body()) >= LONG_BODY
+        long = is_long(await request.body())
         prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
         form = self.served.call_format
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), form, _options(body))
@@ -109,7 +109,7 @@ class Api:
     async def responses(self, request: Request) -> Response:
         """POST /v1/responses: a chat in another form."""
         data = await request.body()
-        long = len(data) >= LONG_BODY
+        long = is_long(data)
         body, chat = await self.served.aside(long, partial(read_response, data))
         self._check_model(body.model)
         with own_names():
@@ -120,7 +120,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         data = await request.body()
-        long = len(data) >= LONG_BODY
+        long = is_long(data)
         body = await self.served.aside(long, partial(read_tokenize, data))
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
@@ -129,7 +129,7 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         data = await request.body()
-        long = len(data) >= LONG_BODY
+        long = is_long(data)
         body = await self.served.aside(long, partial(read_detokenize, data))
         self._check_model(body.model)
         return _json(await self.served.aside(long, partial(detokenized, body, self.served)))
@@ -176,7 +176,7 @@ class Api:
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         data = await request.body()
-        body = await self.served.aside(len(data) >= LONG_BODY, partial(read_body, data, kind))
+        body = await self.served.aside(is_long(data), partial(read_body, data, kind))
         self._check_model(body.model)
         return body
 

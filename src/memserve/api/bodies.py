@@ -24,6 +24,8 @@ from memserve.engine.detokenizer import check_stops
 LONG_BODY = 1_048_576
 """Bytes from which to check and render a body can take over a tenth of a second: call it from a thread then.
 Most prompts that fill a long context have fewer; they do not wait for the thread twice more."""
+LONG_OBJECTS = 1_000
+"""Objects in a body, such as messages, from which that can take over a hundredth of a second."""
 CHOICES_MAX = 64
 """Most answers that one HTTP request may ask for: prompts times ``n``."""
 STOP_TOKENS_MAX = 1024
@@ -230,6 +232,11 @@ class ChatBody(Conversation, _Body):
 Body = TypeVar("Body", CompletionBody, ChatBody)
 Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
 Part = TypeVar("Part")
+
+
+def is_long(data: bytes) -> bool:
+    """Whether a body takes so long to check and render that streams should continue meanwhile, in other threads."""
+    return len(data) >= LONG_BODY or data.count(b"{") > LONG_OBJECTS
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:

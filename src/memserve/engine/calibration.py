@@ -218,6 +218,7 @@ def calibrated(
             if (known := at_work()) is not None:  # that worker began, or went on, while this one measured
                 return known
             log.info("step costs are rough", threads=threads, threads_had=fewest)
+            costs = attrs.evolve(costs, rough=True)
         try:
             _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
         except OSError as error:  # a full disk must not keep a worker from starting
@@ -250,7 +251,8 @@ def _alone(cache_dir: Path) -> Iterator[None]:
 
 def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
     with suppress(OSError, msgspec.MsgspecError):
-        if time.time() - path.stat().st_mtime <= younger_s:
+        age_s = abs(time.time() - path.stat().st_mtime)  # a clock that was set back makes files of the future
+        if age_s <= younger_s:
             return msgspec.json.decode(path.read_bytes(), type=StepCosts)
     return None
 

@@ -24,6 +24,9 @@ FOLLOWED_MAX = 1024
 """Answers whose grammar state is cached. One that was dropped is replayed from its first token."""
 BACK = 65
 """Tokens by which an answer may have grown since its state was cached: a step's draft and one more."""
+FOLLOWED_BYTES = 4 << 20
+"""Bytes of these answers' grammars. Where every answer has a grammar of its own, its state takes some fifty times
+as much memory as the grammar: 200 MiB in all. Sixty-four answers by the largest grammars are within the limit."""
 READ_MAX = 64
 """Parsed grammars that are cached."""
 STACK_BYTES = 256 << 20
@@ -34,7 +37,6 @@ grammars of the permitted size took less than 64 MiB.
 """
 
 log = structlog.get_logger()
-Key = TypeVar("Key")
 Found = TypeVar("Found")
 _stack_size = threading.Lock()
 
@@ -50,6 +52,7 @@ class Grammars:
         self._ends = _mask(ends, self._bytes)
         self._read: OrderedDict[str, LLMatcher] = OrderedDict()
         self._followed: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()
+        self._followed_bytes = 0
 
     def allowed(self, grammar: str, output: bytes) -> bytes:
         """Bit mask of the tokens that may follow the answer ``output``, lowest bit of the first byte first.
@@ -68,7 +71,7 @@ class Grammars:
             reason = wrong.partition("\n")[0] or "no token may follow"
             log.warning("grammar given up", reason=reason, tokens=count(output))
             return self._ends
-        _remember(self._followed, (grammar, output), matcher, FOLLOWED_MAX)
+        self._keep(grammar, output, matcher)
         return mask
 
     def ahead(
@@ -112,6 +115,7 @@ class Grammars:
         for known in range(count(output), max(count(output) - BACK, 0) - 1, -1):
             matcher = self._followed.pop((grammar, span(output, 0, known)), None)
             if matcher is not None:
+                self._followed_bytes -= len(grammar)
                 break
         else:
             known, matcher = 0, self._new(grammar)
@@ -121,8 +125,19 @@ class Grammars:
     def _new(self, grammar: str) -> LLMatcher:
         parse = partial(LLMatcher, self._tokenizer, grammar, log_level=0)
         read = self._read.get(grammar) or _on_deep_stack(parse)
-        _remember(self._read, grammar, read, READ_MAX)
+        self._read[grammar] = read
+        self._read.move_to_end(grammar)
+        if len(self._read) > READ_MAX:
+            self._read.popitem(last=False)
         return read.deep_copy()
+
+    def _keep(self, grammar: str, output: bytes, matcher: LLMatcher) -> None:
+        """Cache the state after ``output``, which is not cached, and drop the oldest ones beyond the limits."""
+        self._followed[grammar, output] = matcher
+        self._followed_bytes += len(grammar)
+        while len(self._followed) > FOLLOWED_MAX or self._followed_bytes > FOLLOWED_BYTES:
+            (oldest, _), _ = self._followed.popitem(last=False)
+            self._followed_bytes -= len(oldest)
 
 
 def wrong_with(grammar: str) -> str:
@@ -190,10 +205,3 @@ def _mask(ids: Iterable[int], size: int) -> bytes:
     for token in ids:
         made[token // 8] |= 1 << token % 8
     return bytes(made)
-
-
-def _remember(kept: OrderedDict[Key, LLMatcher], key: Key, value: LLMatcher, most: int) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)

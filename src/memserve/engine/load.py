@@ -75,6 +75,7 @@ class StepWatch:
         """Record the start of a step and predict its duration."""
         if costs is None:
             return
+        self.drift.begin(costs.rough, now)
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
@@ -99,19 +100,18 @@ class StepWatch:
         if site is None or neighbours + 1.0 > site.cores:
             waited_s = 0.0
         if self._foreseen:
-            self._saw(self._predicted_s * crowded, now - self._began - waited_s)
+            self._saw(self._predicted_s * crowded, now - self._began - waited_s, now)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
-    def _saw(self, predicted_s: float, seconds: float) -> None:
+    def _saw(self, predicted_s: float, seconds: float, now: float) -> None:
         if self._prompt_tokens and self._streamed:
-            self.prompt_drift.saw(self.drift.scale * predicted_s, seconds)
+            self.prompt_drift.saw(self.drift.scale(self._began) * predicted_s, seconds, now)
         else:
             self._streamed = not self._prompt_tokens
-            self.drift.saw(predicted_s, seconds)
+            self.drift.saw(predicted_s, seconds, now)
 
-    @property
-    def _prompt_scale(self) -> float:
-        return self.drift.scale * self.prompt_drift.scale
+    def _prompt_scale(self, now: float) -> float:
+        return self.drift.scale(now) * self.prompt_drift.scale(now)
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
         """The gauges of :func:`load_of`, less what a running prompt step should have computed by ``now``.
@@ -120,7 +120,7 @@ class StepWatch:
         seconds; it reads all weights however few of its tokens are left. None of the ``waiting_pairs`` belong
         to it.
         """
-        expected_s = self._predicted_s * self._prompt_scale
+        expected_s = self._predicted_s * self._prompt_scale(self._began)
         if not self._prompt_tokens or not expected_s:
             return load
         left_s = max(0.0, expected_s - (now - self._began))
@@ -134,9 +134,11 @@ class StepWatch:
             "step_left_s": left_s,
         }
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self, costs: StepCosts | None, now: float) -> dict[str, float]:
         """Drift and lateness gauges: a scale of 1 is as measured at start, a share of 0 is as predicted."""
-        late = {"first_tokens_late_share": self.punctuality.share}
-        if self._model is None:
+        late = {"first_tokens_late_share": self.punctuality.share(now)}
+        if costs is None:
             return late
-        return {"step_cost_scale": self.drift.scale, "prompt_cost_scale": self._prompt_scale, **late}
+        self.drift.begin(costs.rough, now)
+        scales = {"step_cost_scale": self.drift.scale(now), "prompt_cost_scale": self._prompt_scale(now)}
+        return {**scales, **late}

@@ -125,7 +125,8 @@ class WorkerCore:
         load = load_of(self._live.values(), self.presence.member.id, self.settings.page_tokens)
         load = self._watch.under_way(load, self._paging.now)
         load["rows_max"] = float(self.settings.limits.rows)
-        return {**load, **self._watch.gauges(), **self._outbox.counters}
+        seen = self._watch.gauges(self.presence.member.costs, self._paging.now)
+        return {**load, **seen, **self._outbox.counters}
 
     def needs(self) -> tuple[ActorId, ...]:
         """Decode workers with an unanswered Handoff: only their answer or their death ends the wait."""
@@ -312,7 +313,7 @@ class WorkerCore:
     def _first_token(self, one: Sequence, now: float) -> None:
         # Predictions do not include prompt log probabilities.
         if one.plan.first_token_s and one.score_count is None:
-            self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
+            self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at, now)
         self._outbox.log("prefill finished", one, prefill_ms=one.prefilled(now))
 
     def _finish(self, one: Sequence, since: int, finish: str, now: float) -> None:

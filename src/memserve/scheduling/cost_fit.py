@@ -118,29 +118,79 @@ def _growing(values: list[float]) -> list[float]:
 
 # ---- drift after the start -----------------------------------------------------------------------------------
 
-RATE = 0.02
-"""Weight of the latest step's miss. Some fifty steps move the scale most of the way."""
+STEPS_MAX = 49.0
+"""Most steps that earlier evidence counts for: the latest step's miss has a weight of a fiftieth at least, so
+some fifty steps move the scale most of the way."""
+STEPS_MIN = 4.0
+"""Steps that even rough figures, or evidence of long ago, count for."""
 MISS_MAX = 0.5
 """Bound of one step's miss, as a logarithm: a step that takes ten times as long (a page fault, another
 process) counts as about 1.65 times as long."""
 SCALE_MAX = 16.0
+KEPT_S = 5.0
+"""Seconds for which a worker keeps what it has seen, in full, while it sees nothing new."""
+HALF_S = 10.0
+"""Seconds after which it has forgotten half of it then, and so on."""
+DOUBT = 4.0
+"""How many times too high rough figures may be."""
+PROVEN_STEPS = 100
+"""Steps after which rough figures, corrected by the scale, are as good as any."""
+
+
+def remembered(idle_s: float, kept_s: float = KEPT_S) -> float:
+    """The part of a bad experience that counts ``idle_s`` seconds later, when nothing was seen since.
+
+    ``kept_s``: see KEPT_S.
+
+    Whoever is believed to be slow gets no requests, and cannot show that this is over: that another program
+    has left the cores, for example. So experience fades until a request is worth a try. Where nothing has
+    changed, that one request in some tens of seconds is what it costs.
+    """
+    return math.exp2(-max(0.0, idle_s - kept_s) / HALF_S)
 
 
 @attrs.define
 class Drift:
-    """How much longer steps take than measured at start. One figure: noise cannot bend the costs' shape."""
+    """How much longer steps take than measured at start. One figure: noise cannot bend the costs' shape.
+
+    While the worker is idle the scale returns to 1 if it is above it (see :func:`remembered`), and that of rough
+    figures to what they are at best: they may have been measured beside other programs.
+    """
 
     _log: float = attrs.field(default=0.0, init=False)
+    _steps: float = attrs.field(default=STEPS_MAX, init=False)
+    """Steps that the evidence so far counts for."""
+    _unproven: int = attrs.field(default=0, init=False)
+    """Steps until rough figures are proven."""
+    _at: float | None = attrs.field(default=None, init=False)
+    """Time of the latest evidence."""
 
-    @property
-    def scale(self) -> float:
+    def begin(self, rough: bool, now: float) -> None:
+        """Start with figures that have just been measured; only the first call counts."""
+        if self._at is None:
+            self._at = now
+            if rough:
+                self._steps, self._unproven = STEPS_MIN, PROVEN_STEPS
+
+    def scale(self, now: float) -> float:
         """Factor on step times; 1 is as measured."""
-        return math.exp(self._log)
+        return math.exp(self._faded(now))
 
-    def saw(self, predicted_s: float, seconds: float) -> None:
-        """Take in a finished step. ``predicted_s``: by the figures alone, without the scale."""
+    def saw(self, predicted_s: float, seconds: float, now: float) -> None:
+        """Take in a step that ended ``now``. ``predicted_s``: by the figures alone, without the scale."""
         if predicted_s <= 0 or seconds <= 0:
             return
-        miss = math.log(seconds / predicted_s) - self._log
-        limit = math.log(SCALE_MAX)
-        self._log = max(-limit, min(limit, self._log + RATE * max(-MISS_MAX, min(MISS_MAX, miss))))
+        began = now - seconds
+        log, steps = self._faded(began), max(STEPS_MIN, self._steps * self._remembered(began))
+        miss, limit = math.log(seconds / predicted_s) - log, math.log(SCALE_MAX)
+        log += max(-MISS_MAX, min(MISS_MAX, miss)) / (steps + 1.0)
+        self._log = max(-limit, min(limit, log))
+        self._steps, self._at = min(STEPS_MAX, steps + 1.0), now
+        self._unproven = max(0, self._unproven - 1)
+
+    def _faded(self, now: float) -> float:
+        best = -math.log(DOUBT) if self._unproven else 0.0
+        return best + (self._log - best) * self._remembered(now) if self._log > best else self._log
+
+    def _remembered(self, now: float) -> float:
+        return remembered(now - self._at) if self._at is not None else 1.0

@@ -11,6 +11,9 @@ from memserve.messages import Cluster, Gone, Member, Message
 
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted."""
+AT_WORK_S = 10.0
+"""How long a worker counts as at work after it last reported requests. Clients pause between their requests, and
+a measurement of some seconds that began or ended in such a pause was disturbed all the same."""
 
 
 @attrs.define
@@ -22,8 +25,9 @@ class JoiningCore:
     found: ActorId | None = None
     """The shard to attach to, once a scheduler lists it as ready."""
     at_work: StepCosts | None = None
-    """Step costs of a worker of the shard that has requests at present, as long as its steps take now; None while
-    no worker has requests."""
+    """Step costs of a worker of the shard that had requests within AT_WORK_S, as long as its steps take now; None if
+    none had."""
+    _at_work_until: float = attrs.field(default=float("inf"), init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
@@ -35,13 +39,17 @@ class JoiningCore:
                 self._actions.append(Stop("fenced off: the cluster presumes this worker dead"))
             case Cluster(_, members):
                 near = [one for one in members if actor_name(one.shard) == self.shard]
-                self.at_work = next((_costs(one) for one in near if one.costs and _has_requests(one)), None)
+                busy = next((one for one in near if one.costs and _has_requests(one)), None)
+                if busy is not None:
+                    self.at_work, self._at_work_until = _costs(busy), now + AT_WORK_S
                 shards = (one for one in members if one.kind == "MemPoolShard" and one.state == "ready")
                 home = next((one.id for one in shards if actor_name(one.id) == self.shard), None)
                 self.found = self.found or home
 
     def advance(self, now: float) -> None:
-        """Do nothing: nothing here waits for time."""
+        """Forget the worker that was at work AT_WORK_S ago."""
+        if now >= self._at_work_until:
+            self.at_work, self._at_work_until = None, float("inf")
 
     def take(self) -> list[Action]:
         """The pending actions; each is returned once."""
@@ -50,8 +58,8 @@ class JoiningCore:
 
     @property
     def deadline(self) -> float:
-        """Infinity: nothing here waits for time."""
-        return float("inf")
+        """When the worker that was at work is forgotten; infinity if there is none."""
+        return self._at_work_until
 
     def gauges(self) -> dict[str, float]:
         """No load yet."""

@@ -281,6 +281,8 @@ class SimCluster:
         core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
         presence.also = (shard,)
         steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
+        if plan.overrated != 1.0:
+            steps = attrs.evolve(steps.scaled(plan.overrated), rough=True)
         presence.member = attrs.evolve(presence.member, costs=steps, site=plan.site)
         presence.become("ready", shard=shard)
         actor.core = Reporting(core, presence, core.needs)

@@ -33,6 +33,8 @@ class WorkerPlan:
     """The site whose cores its steps run on. None: cores of its own."""
     slower: float = 1.0
     """Factor on its steps' seconds, of which schedulers learn only by what the steps then take."""
+    overrated: float = 1.0
+    """Factor on the step costs that it measures at its start, beside other programs; above 1, they are rough."""
 
 
 @attrs.frozen(kw_only=True)
