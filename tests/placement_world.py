@@ -11,6 +11,7 @@ from memserve.scheduling.cost_model import LINKS, LinkModel
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
+from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Placement, Policy
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
@@ -75,7 +76,8 @@ class World:
             f"r{self.number}", 0, ActorId("f.1"), "anne", tokens, length, max_tokens, (), Sampling()
         )
         match = self.index.match("anne", tokens, self.now)
-        choice = self.policy.choose(self.fleet, request, match, self.now)
+        answer = OutputLengths().expect(request)
+        choice = self.policy.choose(self.fleet, request, match, answer, self.now)
         assert choice is not None
         self.index.tree.check()
         return choice

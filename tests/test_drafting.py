@@ -126,6 +126,14 @@ def test_one_stream_guesses_far_and_many_do_not() -> None:
     assert worth(rows(1), [(0.001, 0)], model) == {}
 
 
+def test_a_long_context_is_read_once_for_a_draft() -> None:
+    """A row's context is read once, however many draft tokens it has. If each were priced like a row of its own, long
+    chats and documents would get hardly any drafts."""
+    model = CostModel(attrs.evolve(WEIGHTS_ALONE, read_s=1e-6))
+    far = [attrs.evolve(one, start=8_000) for one in rows(4)]
+    assert sum(worth(far, likeliest(0.7, 4, 4), model).values()) >= 4
+
+
 def test_a_likely_guess_is_worth_its_costs_in_a_full_step() -> None:
     """Likely drafts are run even where they make the step longer."""
     found = worth(rows(16), likeliest(0.99, 16, 8), CostModel(WEIGHTS_ALONE))

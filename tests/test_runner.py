@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -48,6 +50,29 @@ def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
     assert result.tokens[1] is None
     assert result.threads == 2
     assert result.step_ms > 0
+
+
+def test_a_step_tells_how_long_it_had_no_core(engine: CpuEngine, tmp_path: Path) -> None:
+    """Waiting for the end of a neighbour's step is no part of the step's own time."""
+    plan = BatchPlan((Row(pack(prompt(5, 1)), 0, (3,), GREEDY),))
+    assert engine.run(plan).waited_s < 0.1
+    engine.rest()
+    taken = threading.Event()
+
+    def neighbour() -> None:
+        with Cores(tmp_path / "cores", 2, 2, 1).hold():
+            taken.set()
+            time.sleep(0.5)
+
+    other = threading.Thread(target=neighbour)
+    other.start()
+    taken.wait()
+    began = time.perf_counter()
+    result = engine.run(plan)
+    took_s = time.perf_counter() - began
+    other.join()
+    assert result.waited_s > 0.3
+    assert result.waited_s + result.step_ms / 1e3 <= took_s
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -365,8 +365,8 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
     sites = Sites(world, costs)
 
     def begin(name: str, seconds: float, prompts: bool, where: Site | None = site) -> None:
-        def done(took: float, shared: float) -> None:
-            ends.append((name, *(round(one, 9) for one in (world.now, took, shared))))
+        def done(took: float, shared: float, waited: float) -> None:
+            ends.append((name, *(round(one, 9) for one in (world.now, took, shared, waited))))
 
         sites.begin(where, name, seconds, prompts, done)
 
@@ -376,15 +376,21 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
     world.run(10.0)
     # The stream waits until 0.7 and takes 1.5 times as long; in these 0.3 s the prompt runs at half its speed. The stream's
     # next step follows at once, and gets its share at once.
-    assert ends == [("stream", 1.0, 0.3, 1.0), ("stream", 1.16, 0.15, 1.0), ("prompt", 1.225, 1.225, 0.225)]
+    assert ends == [
+        ("stream", 1.0, 0.3, 1.0, 0.5),
+        ("stream", 1.16, 0.15, 1.0, 0.0),
+        ("prompt", 1.225, 1.225, 0.225, 0.0),
+    ]
     ends.clear()
     world.at(2.0, begin, "prompt", 0.2, True)
     world.at(2.1, begin, "stream", 0.1, False)
     world.at(2.1, begin, "apart", 1.0, True, None)
     world.run(10.0)
-    assert ends == [("prompt", 2.2, 0.2, 0.0), ("stream", 2.3, 0.1, 0.0), ("apart", 3.1, 1.0, 0.0)], (
-        "it waits for the end"
-    )
+    assert ends == [
+        ("prompt", 2.2, 0.2, 0.0, 0.0),
+        ("stream", 2.3, 0.1, 0.0, 0.1),
+        ("apart", 3.1, 1.0, 0.0, 0.0),
+    ], "it waits for the end"
 
 
 def test_the_search_names_the_seed_that_fails(

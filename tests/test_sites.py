@@ -7,8 +7,9 @@ import random
 import attrs
 import pytest
 
-from memserve.costs import Site
+from memserve.costs import GIVE_AFTER_S, Site
 from memserve.identity import ActorId
+from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
 from placement_world import COSTS, DOCUMENT, World, busy, fetching
@@ -59,11 +60,11 @@ def test_streams_are_not_crowded_for_a_prompt_that_gains_little() -> None:
 
 def test_a_warm_turn_runs_in_a_step_of_many_streams_rather_than_beside_it() -> None:
     """A cached turn joins a step of many streams instead of taking half of the cores, unless others' delay counts little."""
-    world = two_workers(HOST, HOST, **busy(0, 30))
-    world.cache("s0", DOCUMENT)
-    assert world.place(DOCUMENT + pack(range(4)), 30).prefill == "w0.1"
-    world.policy = Cost(Weights(others=0.3))
-    assert world.place(DOCUMENT + pack(range(4)), 30).prefill == "w1.1", "what the setting is for"
+    for others, chosen in ((1.0, "w0.1"), (0.1, "w1.1")):
+        world = two_workers(HOST, HOST, **busy(0, 30))
+        world.policy = Cost(Weights(others=others))
+        world.cache("s0", DOCUMENT)
+        assert world.place(DOCUMENT + pack(range(4)), 30).prefill == chosen, "what the setting is for"
 
 
 def test_times_are_those_beside_busy_neighbours() -> None:
@@ -112,6 +113,25 @@ def test_the_busiest_of_a_site_is_looked_at_among_many_hosts() -> None:
             name = f"w{2 * host + i}@s{host}"
             world.report(name, SHARING, Site(f"h{host}", 2, 2), **busy(0, 4 if i == 0 else 0))
     assert int(world.place(pack(range(32)), 300).decode[1:-2]) % 2 == 0
+
+
+def test_a_prompt_waits_for_the_step_of_a_neighbour_that_has_all_cores() -> None:
+    """A worker without work has no core until a neighbour's step ends: its first token is predicted that much later."""
+    prompt = pack(range(400))
+
+    def predicted(site: Site | None, rows: float, tokens: float = 0.0) -> float:
+        world = two_workers(site, site, **busy(tokens, rows))
+        one = world.fleet.workers[ActorId("w1.1")]
+        return one.wait_s(world.now) + one.prefill_s(len(prompt) // 4, 0, world.now)
+
+    step_s = CostModel(SHARING).decode_s(10, 5000)
+    alone, slower = predicted(HOST, 0), SHARING.crowded(2.0, prompts=True)
+    assert predicted(HOST, 10) == pytest.approx(slower * alone + step_s / 2)
+    assert predicted(HOST, 0, 64) < slower * alone + 0.05, "a short queue ends with its step"
+    assert slower * alone + 0.05 < predicted(HOST, 0, 20_000) < slower * alone + GIVE_AFTER_S
+    wide = attrs.evolve(HOST, cores=4)
+    assert predicted(wide, 10) == pytest.approx(alone), "its neighbour leaves it enough cores"
+    assert predicted(Site("gpu"), 10) == pytest.approx(slower * alone), "a GPU is shared in time"
 
 
 def test_slices_of_a_site() -> None:

@@ -29,6 +29,10 @@ from memserve.tokens import pack
 
 BUDGET_S = 3.0
 """Approximate time limit of a calibration; a slow machine measures fewer sizes."""
+PROMPTS_SHARE = 0.5
+"""Share of the time limit after which no more prompt chunks are measured. They come first: without them, the table
+would end where a step takes as long as reading the weights, and its last line, which is level there, would say
+that prompts cost nothing."""
 REPEATS = 2
 """Runs of a short step. The one with the most threads counts, and of equals the fastest: noise only ever adds
 time."""
@@ -49,7 +53,7 @@ SLICED = 2
 SLICED_REPEATS = 4
 _SCATTER = 7919
 """A prime: its multiples are spread over the vocabulary."""
-VERSION = 4
+VERSION = 5
 """Version of what is measured and how; part of the cache key."""
 
 log = structlog.get_logger()
@@ -104,8 +108,8 @@ def measure(
 ) -> tuple[StepCosts, int]:
     """Calibrate an engine: its cost figures, and the fewest threads that any step had that counts for them.
 
-    Sizes that would exceed the time budget are left out; costs beyond the largest one are extrapolated
-    linearly.
+    Prompt chunks are measured first, then streams and mixes from both ends of their sizes. What would exceed the
+    time budget is left out; costs beyond the largest size are extrapolated linearly.
     """
     began = time.monotonic()
     samples: list[Sample] = []
@@ -116,11 +120,15 @@ def measure(
         ((min(16, context), 0),),
     ]  # two sizes make a line, however slow the engine
     others = sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one))
-    for case in always + others:
+    prompts = [one for one in others if len(one) == 1 and one[0][0] > 16]
+    others = list(_inwards([one for one in others if one not in prompts]))
+    fastest = float("inf")
+    for case in always + prompts + others:
         tokens = sum(new for new, _ in case)
-        left = BUDGET_S - (time.monotonic() - began)
-        if len(samples) >= len(always) and per_token * tokens > left:
-            break
+        budget = PROMPTS_SHARE * BUDGET_S if case in prompts else BUDGET_S
+        left = budget - (time.monotonic() - began)
+        if len(samples) >= len(always) and max(fastest, per_token * tokens) > left:
+            continue
         best, had = float("inf"), -1
         for _ in range(REPEATS):
             seconds, threads = run(case)
@@ -130,12 +138,18 @@ def measure(
                 break
         fewest = min(fewest, had)
         samples.append(Sample(case, best))
-        per_token = best / tokens
+        per_token, fastest = best / tokens, min(fastest, best)
     most = max(sum(new for new, _ in one.rows) for one in samples)
     knots = [float(one) for one in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most]
     knots.append(float(most))
     samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
+
+
+def _inwards(ordered: list[Rows]) -> Iterator[Rows]:
+    """The last, the first, the last but one, and so on: a few of them already span all sizes."""
+    for place in range(len(ordered)):
+        yield ordered[place // 2] if place % 2 else ordered[-1 - place // 2]
 
 
 def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts | None:

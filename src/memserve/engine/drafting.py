@@ -220,7 +220,7 @@ class Drafting:
 def worth(rows: Values[Row], likeliest: Values[tuple[float, int]], model: CostModel) -> dict[int, int]:
     """Draft tokens to run, by row: as many of the ``likeliest`` as give the most expected tokens per second.
 
-    A draft token is priced like another decode row with its row's context.
+    A draft token is priced like another decode row, except that its row's context is read once for all.
     """
     tokens = sum(count(row.tokens) for row in rows)
     number, context = len(rows), sum(row.start for row in rows)
@@ -229,7 +229,7 @@ def worth(rows: Values[Row], likeliest: Values[tuple[float, int]], model: CostMo
     best, taken = made / model.batch_s(tokens, number, context, pairs), 0
     for at, (probability, row) in enumerate(likeliest, 1):
         tokens, number, made = tokens + 1, number + 1, made + probability
-        context, pairs = context + rows[row].start, pairs + rows[row].start + 0.5
+        pairs += rows[row].start + 0.5
         rate = made / model.batch_s(tokens, number, context, pairs)
         if rate > best:
             best, taken = rate, at

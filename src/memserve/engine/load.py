@@ -52,6 +52,10 @@ class StepWatch:
     """
 
     drift: Drift = attrs.field(factory=Drift)
+    """Of steps of streams; of all steps until the first one of those."""
+    prompt_drift: Drift = attrs.field(factory=Drift)
+    """Of steps with prompt tokens, beyond ``drift``. Figures from a busy machine are wrong in shape, too: a short step
+    is disturbed more than a long one. Streams, whose steps are many, would set one scale for both."""
     punctuality: Punctuality = attrs.field(factory=Punctuality)
     _model: CostModel | None = None
     _predicted_s: float = 0.0
@@ -59,6 +63,8 @@ class StepWatch:
     """Prompt tokens in the running step."""
     _prompt_pairs: float = 0.0
     _began: float = 0.0
+    _streamed: bool = False
+    """Whether it has seen a step of streams alone."""
     _foreseen: bool = True
     """Whether the cost figures cover the running step.
 
@@ -73,23 +79,39 @@ class StepWatch:
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
-        drafted = [(1, row.start) for row in plan.rows for _ in range(count(row.draft))]
+        drafts = [(count(row.draft), row.end) for row in plan.rows if row.draft]
         self._foreseen = not any(row.score is not None or row.draft_most for row in plan.rows)
-        self._predicted_s, self._began = self._model.step_s(rows + drafted), now
+        self._predicted_s, self._began = self._model.step_s(rows, drafts), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
-    def ended(self, now: float, site: Site | None = None, neighbours: float = 0.0) -> None:
+    def ended(
+        self, now: float, site: Site | None = None, neighbours: float = 0.0, waited_s: float = 0.0
+    ) -> None:
         """Record the end of the step; ``neighbours`` other workers of the site had work.
 
-        Slowdown by crowding is not drift: the scheduler prices it.
+        It had no core for ``waited_s``. Slowdown by crowding is not drift, nor is waiting for the end of a
+        neighbour's step: the scheduler prices them. With more workers than cores each step waits, and crowding
+        includes that.
         """
         crowded = 1.0
         if site is not None and neighbours and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(neighbours), self._prompt_tokens > 0)
+        if site is None or neighbours + 1.0 > site.cores:
+            waited_s = 0.0
         if self._foreseen:
-            self.drift.saw(self._predicted_s * crowded, now - self._began, now)
+            self._saw(self._predicted_s * crowded, now - self._began - waited_s, now)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
+
+    def _saw(self, predicted_s: float, seconds: float, now: float) -> None:
+        if self._prompt_tokens and self._streamed:
+            self.prompt_drift.saw(self.drift.scale(self._began) * predicted_s, seconds, now)
+        else:
+            self._streamed = not self._prompt_tokens
+            self.drift.saw(predicted_s, seconds, now)
+
+    def _prompt_scale(self, now: float) -> float:
+        return self.drift.scale(now) * self.prompt_drift.scale(now)
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
         """The gauges of :func:`load_of`, less what a running prompt step should have computed by ``now``.
@@ -98,7 +120,7 @@ class StepWatch:
         seconds; it reads all weights however few of its tokens are left. None of the ``waiting_pairs`` belong
         to it.
         """
-        expected_s = self._predicted_s * self.drift.scale(self._began)
+        expected_s = self._predicted_s * self._prompt_scale(self._began)
         if not self._prompt_tokens or not expected_s:
             return load
         left_s = max(0.0, expected_s - (now - self._began))
@@ -118,4 +140,5 @@ class StepWatch:
         if costs is None:
             return late
         self.drift.begin(costs.rough, now)
-        return {"step_cost_scale": self.drift.scale(now), **late}
+        scales = {"step_cost_scale": self.drift.scale(now), "prompt_cost_scale": self._prompt_scale(now)}
+        return {**scales, **late}

@@ -135,6 +135,8 @@ class BatchResult:
 
     Their draw was not found before the next step was launched, or they follow such a row.
     """
+    waited_s: float = 0.0
+    """Seconds before the step, not part of ``step_ms``, in which other workers of the host had all cores."""
 
 
 class RunningStep(Protocol):

@@ -88,10 +88,14 @@ class CpuEngine:
         """Run one step. Raises ValueError, naming the row, for a plan that accesses memory not its own."""
         assert self._arena is not None, "the engine is closed"
         check_plan(plan, self._spec, self._pages, self._page_tokens)
+        asked = time.perf_counter()
         with self._hold() as threads:
+            waited_s = time.perf_counter() - asked
             crew = self._cores.regroup if self._cores is not None else None
             result = self._step(plan, self._arena, threads, crew)
-            return result if self._cores is None else attrs.evolve(result, neighbours=self._cores.neighbours)
+            if self._cores is None:
+                return result
+            return attrs.evolve(result, neighbours=self._cores.neighbours, waited_s=waited_s)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on scratch pages, so that the first request finds all loaded."""

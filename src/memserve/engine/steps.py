@@ -71,7 +71,7 @@ class Steps:
         for one in batch.sequences:
             if one.flight is not None and one.flight.step == number:
                 one.flight = None
-        self.watch.ended(now, site, result.neighbours)
+        self.watch.ended(now, site, result.neighbours, result.waited_s)
         self.drafting.saw(batch, result)
         if self._given:
             self.watch.began(costs, self._given[0].plan, now)

@@ -27,9 +27,9 @@ class LinkModel:
     fixed_s: float = 0.0
     byte_s: float = 0.0
 
-    def seconds(self, size: float, queued: float = 0.0) -> float:
-        """Seconds until ``size`` bytes have arrived, behind ``queued`` bytes on the same path."""
-        return self.fixed_s + self.byte_s * (size + queued)
+    def seconds(self, size: float) -> float:
+        """Seconds until ``size`` bytes have arrived, if none are before them on the same path."""
+        return self.fixed_s + self.byte_s * size
 
 
 LINKS: Mapping[str, LinkModel] = {
@@ -47,10 +47,13 @@ SWAP = LinkModel(0.001, 1 / 2e9)
 
 @attrs.define
 class CostModel:
-    """The costs of one instance. ``scale`` is how much longer steps take at present than ``steps`` says."""
+    """The costs of one instance."""
 
     steps: StepCosts
     scale: float = 1.0
+    """How much longer steps take at present than ``steps`` says."""
+    prompt_scale: float | None = None
+    """The same for steps with prompt tokens; None: as for all others."""
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     swap: LinkModel = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
@@ -87,20 +90,31 @@ class CostModel:
         return cls(steps, links={**LINKS, **links}, swap=swap)
 
     @property
+    def _prompts(self) -> float:
+        return self.scale if self.prompt_scale is None else self.prompt_scale
+
+    @property
     def token_s(self) -> float:
         """Seconds for one more prompt token in a large step."""
-        return self.scale * self._lines[-1][2]
+        return self._prompts * self._lines[-1][2]
 
     # ---- steps ----------------------------------------------------------------------------------------------
 
-    def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
-        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them)."""
+    def step_s(self, rows: Iterable[tuple[int, int]], drafts: Iterable[tuple[int, int]] = ()) -> float:
+        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them), by ``scale``.
+
+        ``drafts``: rows' draft tokens, likewise. Each has a draw, as a row has, but its row's context is read once.
+        """
         tokens = number = context = 0
         pairs = 0.0
         for new, before in rows:
             tokens += new
             number += 1
             context += before
+            pairs += new * (before + new / 2)
+        for new, before in drafts:
+            tokens += new
+            number += new
             pairs += new * (before + new / 2)
         return self.batch_s(tokens, number, context, pairs)
 
@@ -131,7 +145,7 @@ class CostModel:
         read = steps * cached + chunk * steps * (steps - 1) / 2
         own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
         others = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
-        return self.scale * (dense + own + others)
+        return self._prompts * (dense + own + others)
 
     def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
         """Seconds saved by running ``tokens`` in the last step of a queue, not in a step of their own.
@@ -144,9 +158,9 @@ class CostModel:
         if left_s <= 0 or not rest or rest + tokens > chunk:
             return 0.0
         last = self._dense(rest + rows)
-        if left_s <= self.scale * last:
+        if left_s <= self._prompts * last:
             return 0.0
-        return self.scale * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
+        return self._prompts * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
 
     def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
         """Seconds to run ``tokens`` of several prompts, with ``pairs`` in all, next to ``rows`` streams."""
@@ -157,7 +171,7 @@ class CostModel:
         dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
         known, steps = self.steps, full + (rest > 0)
         others = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
-        return self.scale * (dense + known.pair_s * pairs + steps * others)
+        return self._prompts * (dense + known.pair_s * pairs + steps * others)
 
     def _dense(self, tokens: float) -> float:
         after = bisect_right(self._tokens, tokens)
@@ -168,23 +182,14 @@ class CostModel:
 
     # ---- bytes ----------------------------------------------------------------------------------------------
 
-    def transfer_s(self, size: float, path: str, queued: float = 0.0) -> float:
-        """Seconds to move ``size`` bytes to another shard, behind ``queued`` bytes on ``path``.
+    @property
+    def handoff_s(self) -> float:
+        """Seconds from the first token until the decode worker owns the request, if no page moves."""
+        return self.links["shared"].fixed_s
 
-        Raises KeyError for an unknown path.
-        """
-        return self.links[path].seconds(size, queued)
-
-    def handoff_s(self, size: float, path: str = "shared", queued: float = 0.0) -> float:
-        """Seconds from the first token until the decode worker owns the request.
-
-        ``size``: bytes of its pages that the decode worker's shard does not have.
-        """
-        return self.links["shared"].fixed_s + (self.transfer_s(size, path, queued) if size else 0.0)
-
-    def swap_in_s(self, size: float, queued: float = 0.0) -> float:
+    def swap_in_s(self, size: float) -> float:
         """Seconds to bring ``size`` bytes from a slower tier into the arena."""
-        return self.swap.seconds(size, queued) if size else 0.0
+        return self.swap.seconds(size) if size else 0.0
 
     def swap_break_even(self) -> float:
         """Tokens from which a swap-in is faster than computing them; infinity if it never is.

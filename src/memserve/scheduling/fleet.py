@@ -16,7 +16,8 @@ from itertools import chain
 
 import attrs
 
-from memserve.costs import StepCosts
+from memserve.costs import GIVE_AFTER_S, StepCosts
+from memserve.engine.batching import ALONE
 from memserve.identity import ActorId
 from memserve.messages import Member
 from memserve.scheduling.cost_model import CostModel
@@ -88,6 +89,7 @@ class Worker:
         if member.costs is not None and member.costs != self.member.costs:
             self.model = CostModel(member.costs)
         self.model.scale = load.get("step_cost_scale", 1.0)
+        self.model.prompt_scale = load.get("prompt_cost_scale")
         self.late_share = load.get("first_tokens_late_share", 0.0)
         self.member = member
         self._confirm(load.get("prompts_taken_total", 0.0), now)
@@ -131,10 +133,37 @@ class Worker:
     def wait_s(self, now: float) -> float:
         """Seconds until a prompt placed now begins, counting the step under way.
 
-        A queue ends when a step does. Without a queue, half a step of streams is left on average.
+        A queue ends when a step does.
         """
         queue_s = self.queue_until - now
-        return queue_s if queue_s > 0 else self.step_s / 2
+        return queue_s if queue_s > 0 else self.begins_s(now)
+
+    def begins_s(self, now: float) -> float:
+        """Seconds until a prompt begins that is placed now without a queue.
+
+        Half a step of streams is left on average. A worker without work has no core as long as a neighbour's
+        step has all of them (:mod:`memserve.engine.cpu_budget`).
+        """
+        return self.step_s / 2 if self.rows or len(self.site) <= 1 else self._cores_s(now)
+
+    def _cores_s(self, now: float) -> float:
+        """Seconds until it has a core, if it has no work. Several busy neighbours leave cores to one another."""
+        busy = [one for one in self.neighbours() if one.busy(now)]
+        if self.queue_until > now or len(busy) != 1:
+            return 0.0
+        site = busy[0].member.site
+        if site is None or not site.threads >= site.cores > 1:
+            return 0.0  # a GPU is shared in time
+        return min(GIVE_AFTER_S, busy[0].step_left_s(now))
+
+    def step_left_s(self, now: float) -> float:
+        """Seconds until its step under way ends: on average half of a whole one, or the end of a short queue."""
+        queue_s = self.queue_s(now)
+        if not queue_s:
+            return self.step_s / 2
+        chunk = self.model.steps.chunk_tokens * (1 if self.rows else ALONE)
+        whole_s = self.model.queue_s(chunk, chunk * chunk / 2, self.rows, self.context)
+        return queue_s if queue_s < whole_s else whole_s / 2
 
     def row_s(self, answer: float) -> float:
         """Seconds until its batch has a free row for one more prompt; 0 if it has one now.

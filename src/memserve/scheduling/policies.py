@@ -68,15 +68,18 @@ class Policy(Protocol):
     """Chooses among the workers of a fleet."""
 
     def choose(
-        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+        self,
+        fleet: Fleet,
+        request: Request,
+        match: PromptPath,
+        answer: float,
+        now: float,
+        only: Collection[ActorId] = (),
     ) -> Placement | None:
         """Where ``request`` goes; None if no worker can take it.
 
-        ``only``: workers that may run its prompt; empty: any.
+        ``answer``: the expected tokens of its answer. ``only``: workers that may run its prompt; empty: any.
         """
-
-    def learn(self, tenant: str, tokens: int) -> None:
-        """Take in the length of a tenant's answer."""
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of a dead actor."""
@@ -87,7 +90,13 @@ class PairPolicy:
     """Chooses among all pairs. It lists them, which is fine for tens of workers."""
 
     def choose(
-        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+        self,
+        fleet: Fleet,
+        request: Request,
+        match: PromptPath,
+        answer: float,
+        now: float,
+        only: Collection[ActorId] = (),
     ) -> Placement | None:
         pairs = [one for one in all_pairs(fleet.members()) if not only or one.prefill.id in only]
         if not pairs:
@@ -108,9 +117,6 @@ class PairPolicy:
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         """One of ``pairs``, which has at least one."""
         raise NotImplementedError
-
-    def learn(self, tenant: str, tokens: int) -> None:
-        """Do nothing: answer lengths are not used."""
 
     def forget(self, actor: ActorId) -> None:
         """Do nothing: nothing is remembered of actors."""

@@ -5,8 +5,8 @@ For a request, a prefill worker p and a decode worker d (the same one, or two), 
     ttft_weight * (ttft + delayed_p + lost) + handoff + answer * step_d + slow_d
         + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2) + crowded
 
-``ttft``: the step under way, the queue at p (or bringing the prefix, where that takes longer), and the
-missing tokens next to p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts
+``ttft``: the step under way (at p, or that of a neighbour which has all cores while p has no work), the queue
+at p (or bringing the prefix, where that takes longer), and the missing tokens next to p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts
 queued at d, which lengthen its first steps.
 
 The other terms are what other requests lose. ``delayed_p``: prompts that come to p while this one is queued
@@ -25,6 +25,10 @@ A second counts the same, whoever loses it: ``others_weight`` is 1. Only first t
 ``ttft_weight``. With a lower weight for the others, an overloaded host brings first tokens sooner, and all
 answers later.
 
+Three things are in no price (docs/measurements/2026-11-28-prices.md). Drafts make a stream's step up to half longer
+and an answer's steps fewer. Tokens that a grammar forces add some percent to a step. Prompts whose log probabilities
+are wanted take nearly twice as long with a model of 135M parameters, and hardly longer with one of many billions.
+
 Not all pairs are priced: only the few prefill workers with the shortest queues and those of the shards that
 hold the most of the prompt, each with the decode workers that it reaches at the least cost.
 """
@@ -42,7 +46,6 @@ from memserve.scheduling.cost_model import LINKS, CostModel, LinkModel
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.membership import DECODES, PREFILLS
-from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import PLAIN, Placement, Policy, count_placement
 from memserve.tokens import count
 
@@ -123,7 +126,6 @@ class Cost:
 
     weights: Weights = Weights()
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
-    outputs: OutputLengths = attrs.field(factory=OutputLengths)
     occupancy: LinkOccupancy = attrs.field(factory=LinkOccupancy, init=False)
 
     def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> LinkModel:
@@ -133,9 +135,15 @@ class Cost:
         return self.links[self.weights.far_path if far else self.weights.path]
 
     def choose(
-        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+        self,
+        fleet: Fleet,
+        request: Request,
+        match: PromptPath,
+        answer: float,
+        now: float,
+        only: Collection[ActorId] = (),
     ) -> Placement | None:
-        quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now, only)
+        quote = Quote(self, fleet, match, count(request.tokens), answer, now, only)
         priced = quote.candidates()
         if not priced:
             return None
@@ -145,10 +153,6 @@ class Cost:
         sure_s = start.ttft + SURE_S if handed else SURE_S
         count_placement(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
         return choice
-
-    def learn(self, tenant: str, tokens: int) -> None:
-        """Take in the length of a tenant's answer."""
-        self.outputs.learn(tenant, tokens)
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of a dead actor."""
@@ -246,7 +250,7 @@ class Quote:
         run_s = one.prefill_s(self.tokens, cached, self.now)
         if queue_s <= bring_s:
             queue_s = max(0.0, queue_s)
-            ttft = one.step_s / 2 + bring_s + run_s
+            ttft = one.begins_s(self.now) + bring_s + run_s
         else:
             run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
             ttft = queue_s + run_s
@@ -306,7 +310,7 @@ class Quote:
     def _handoff(self, prefill: Worker, decode: Worker) -> float:
         """The price of decoding on another worker than the one that runs the prompt."""
         model, here, there = prefill.model, prefill.member.shard, decode.member.shard
-        price = self.weights.margin_s + model.handoff_s(0)
+        price = self.weights.margin_s + model.handoff_s
         if there == here:
             return price
         missing = self._missing_tokens(there)

@@ -253,7 +253,8 @@ class SchedulerCore:
     def _place(
         self, request: Request, match: PromptPath, now: float, only: Mapping[ActorId, float], **said: object
     ) -> bool:
-        choice = self.policy.choose(self.fleet, request, match, now, only)
+        answer = self._lengths.expect(request)
+        choice = self.policy.choose(self.fleet, request, match, answer, now, only)
         if choice is None:
             return False
         plan = Plan(
@@ -286,7 +287,6 @@ class SchedulerCore:
         self._log("warning", "request refused", **self.admission.explain(refusal))
 
     def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
-        self.policy.learn(message.tenant, message.output_tokens)
         self._lengths.learn(message.tenant, message.output_tokens)
         self.roles.prices.learn(message.output_tokens)
 

@@ -20,14 +20,13 @@ from memserve.tokens import count
 
 @attrs.define
 class TtlIndex:
-    """A tree of what was placed where in the last ``ttl_s``. It has the interface of an IndexFeed."""
+    """A tree of what was placed where in the last ``ttl_s``. A scheduler uses it like an IndexFeed."""
 
     tree: GlobalTree = attrs.field(factory=GlobalTree)
     ttl_s: float = 300.0
     events: int = 0
     """Placements noted."""
     gaps: int = 0
-    snapshots: int = 0
     _placed: deque[tuple[float, ActorId, str, bytes]] = attrs.field(factory=deque, init=False)
     """Expiry time, shard, scope and prompt of each placement; the oldest first."""
 
@@ -63,10 +62,6 @@ class TtlIndex:
             self.tree.unmark(node, shard)
         for node in reversed(nodes):
             self.tree.tidy(node)
-
-    def is_whole(self, shard: ActorId) -> bool:
-        """True: without events, none are missing."""
-        return True
 
     def delta(self, sender: ActorId, delta: IndexDelta, now: float) -> list[Send]:
         """Ignore events."""

@@ -302,13 +302,15 @@ class SimCluster:
         prompts = sum(tokens for tokens, _ in rows if tokens > 1)
         self.arenas.claim(shard, self._written(plan) if self.pages_checked else (), actor.id)
 
-        def done(took_s: float, neighbours: float) -> None:
+        def done(took_s: float, neighbours: float, waited_s: float) -> None:
             busy = self.busy.setdefault(actor.name, Busy())
             busy.steps += 1
             busy.busy_s += took_s
             busy.prefill_tokens += prompts
             busy.decode_tokens += sum(tokens == 1 for tokens, _ in rows)
-            result = partial(BatchResult, step_ms=took_s * 1e3, threads=1, neighbours=neighbours)
+            result = partial(
+                BatchResult, step_ms=took_s * 1e3, threads=1, neighbours=neighbours, waited_s=waited_s
+            )
             self._stepped(actor, shard, engine, plan, result)
 
         self.sites.begin(site, actor.name, seconds, prompts > 0, done)

@@ -18,9 +18,9 @@ from memserve.sim.world import World
 BETWEEN_S = 0.02
 """A worker whose last step ended at most this long ago still has work, and keeps its share."""
 
-Done = Callable[[float, float], None]
-"""Called with a step's seconds and with the number of the site's other steps that ran concurrently, averaged
-over the step's work."""
+Done = Callable[[float, float, float], None]
+"""Called with a step's seconds, with the number of the site's other steps that ran concurrently, averaged over
+the step's work, and with the seconds that it had waited for cores."""
 
 
 @attrs.define(eq=False)
@@ -33,6 +33,7 @@ class _Step:
     work_s: float
     """Seconds that the whole step takes when it runs alone."""
     done: Done
+    came: float
     began: float = 0.0
     settled: float = 0.0
     """The time until which its progress is accounted for."""
@@ -58,9 +59,9 @@ class Sites:
         Workers without a site are always alone.
         """
         if site is None:
-            self.world.after(seconds, done, seconds, 0.0)
+            self.world.after(seconds, done, seconds, 0.0, 0.0)
             return
-        step = _Step(site, worker, prompts, seconds, seconds, done)
+        step = _Step(site, worker, prompts, seconds, seconds, done, self.world.now)
         if self._all_taken(site):
             self._waiting.setdefault(site.key, []).append(step)
             self.world.after(GIVE_AFTER_S, self._admit, step)
@@ -122,4 +123,5 @@ class Sites:
         self._time(one.site)
         for other in tuple(self._waiting.get(one.site.key, ())):
             self._admit(other)
-        one.done(self.world.now - one.began, one.beside_s / one.work_s if one.work_s else 0.0)
+        neighbours = one.beside_s / one.work_s if one.work_s else 0.0
+        one.done(self.world.now - one.began, neighbours, one.began - one.came)
