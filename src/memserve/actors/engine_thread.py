@@ -33,6 +33,8 @@ class EngineThread:
         self._ended = trio.Event()
         self._failure: BaseException | None = None
         self._deliver: Callable[[BatchResult], None] = lambda result: None
+        self._tokens: tuple[int | None, ...] = ()
+        """Those of the overlapping step that was read last."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Build the engine, then serve until cancelled.
@@ -75,11 +77,26 @@ class EngineThread:
     def _overlap(self, engine: OverlappingEngine, plan: BatchPlan) -> None:
         """Run a step, and behind it every step whose plan comes before the previous one has ended."""
         running = engine.launch(self._guide.filled(plan))
+        self._draw_late(
+            running, plan
+        )  # it may follow a step that has ended, whose result the core did not have
         while plan.followed and (following := self._plan_during(running)) is not None:
             plan, behind = following, engine.launch(self._guide.filled(following))
-            self._report(running.result())
+            self._read(running)
+            self._draw_late(behind, plan)
             running = behind
-        self._report(running.result())
+        self._read(running)
+
+    def _read(self, running: RunningStep) -> None:
+        """Wait for the step and report its result."""
+        result = running.result()
+        self._tokens = result.tokens
+        self._report(result)
+
+    def _draw_late(self, running: RunningStep, plan: BatchPlan) -> None:
+        """Have the rows of the step that draw late do so, as the step before was read."""
+        if plan.late:
+            running.draw_late(self._guide.filled_late(plan, self._tokens))
 
     def _plan_during(self, running: RunningStep) -> BatchPlan | None:
         """The next plan, if it comes before the step has ended."""
