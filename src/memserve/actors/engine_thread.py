@@ -21,7 +21,8 @@ from memserve.engine.plans import BatchPlan, BatchResult, OverlappingEngine, Run
 class EngineThread:
     """Runs the steps of the engine that ``make`` builds, in order, and one at a time unless it overlaps them.
 
-    ``guide`` fills in which tokens the grammars allow.
+    ``guide`` fills in which tokens the grammars allow: before a step, or before its late draws, once the step
+    in front of it was read. A grammar that takes longer than a step leaves the device idle, and no result unreported.
     """
 
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
@@ -77,9 +78,8 @@ class EngineThread:
     def _overlap(self, engine: OverlappingEngine, plan: BatchPlan) -> None:
         """Run a step, and behind it every step whose plan comes before the previous one has ended."""
         running = engine.launch(self._guide.filled(plan))
-        self._draw_late(
-            running, plan
-        )  # it may follow a step that has ended, whose result the core did not have
+        # It may follow a step that has ended and was read, whose result the core did not have yet.
+        self._draw_late(running, plan)
         while plan.followed and (following := self._plan_during(running)) is not None:
             plan, behind = following, engine.launch(self._guide.filled(following))
             self._read(running)
@@ -94,7 +94,7 @@ class EngineThread:
         self._report(result)
 
     def _draw_late(self, running: RunningStep, plan: BatchPlan) -> None:
-        """Have the rows of the step that draw late do so, as the step before was read."""
+        """Launch the step's late draws, if it has any: the step before was read."""
         if plan.late:
             running.draw_late(self._guide.filled_late(plan, self._tokens))
 
