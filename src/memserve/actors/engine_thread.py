@@ -22,7 +22,7 @@ class EngineThread:
     """Runs the steps of the engine that ``make`` builds, in order, and one at a time unless it overlaps them.
 
     ``guide`` fills in which tokens the grammars allow: before a step, or before its late draws, once the step
-    in front of it was read. A grammar that takes longer than a step leaves the device idle, and no result unreported.
+    in front of it was read. Where a grammar takes longer than the step, the device waits, but no result does.
     """
 
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:

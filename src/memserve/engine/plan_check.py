@@ -93,7 +93,7 @@ def _check_score(number: int, row: Row, score: Score, spec: ModelSpec) -> None:
 
 
 def check_late(rows: Mapping[int, Row], vocab: int) -> None:
-    """Raise ValueError, naming the row, for rows that draw late and, once known, adjust logits not theirs."""
+    """Raise ValueError, naming the row, if a row that draws late, known now, adjusts what is not in its logits."""
     for number, row in rows.items():
         _check_adjustments(number, row, vocab)
 

@@ -19,7 +19,7 @@ class Past:
     prompt: bytes
     """The prompt, where ``repetition`` counts it; otherwise empty."""
     output: bytes
-    """The answer so far, over all attempts and workers; without the token of a row that this row follows."""
+    """The answer so far, over all attempts and workers; without the token of the row that this one follows."""
     forbidden: bytes = b""
     """Tokens that must not be drawn yet, because they would end the answer before ``min_tokens``."""
     allowed: bytes = b""
