@@ -343,10 +343,11 @@ def test_the_null_engine_answers_by_position() -> None:
     assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
 
 
+@pytest.mark.parametrize("guided", [0, 2])
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_clock_runs_the_steps_of_streams(overlaps: bool) -> None:
+def test_a_clock_runs_the_steps_of_streams(overlaps: bool, guided: int) -> None:
     """Both kinds of steps are timed, as many as asked for, and none is shorter than the device's own time."""
-    periods = trio.run(overlap.steps_of, 3, 0.0005, overlaps)
+    periods = trio.run(overlap.steps_of, 3, 0.0005, overlaps, guided)
     assert len(periods) >= overlap.STEPS and min(periods) >= 0.000499
 
 

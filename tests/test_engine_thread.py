@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import attrs
 import pytest
 import trio
 
 from memserve.actors.engine_thread import EngineThread
+from memserve.drawing import Adjustments, Sampling
 from memserve.engine.guide import Guide
-from memserve.engine.plans import BatchPlan, BatchResult, Row
-from memserve.tokens import pack
+from memserve.engine.plans import BatchPlan, BatchResult, Past, Row
+from memserve.tokens import pack, unpack
+
+GRAMMAR = Sampling(adjust=Adjustments(grammar="any"))
 
 
 def plan(start: int, followed: bool = False) -> BatchPlan:
     """A step of one row."""
     return BatchPlan((Row(pack([1]), start, (0,), None),), followed)
+
+
+def late_plan(start: int, ends: tuple[int, ...] = (), followed: bool = True) -> BatchPlan:
+    """A step of one row that follows a grammar and draws late."""
+    row = Row(pack([0]), start, (0,), GRAMMAR, Past(b"", pack([8])), follows=0, ends=pack(ends))
+    return BatchPlan((row,), followed)
 
 
 def result(number: int) -> BatchResult:
@@ -35,6 +45,11 @@ class Step:
     def done(self) -> bool:
         """Whether it has ended."""
         return self.ended.is_set()
+
+    def draw_late(self, rows: Mapping[int, Row]) -> None:
+        """Note the answers after which rows draw."""
+        self.log.append(f"late {self.number} {[[*unpack(row.past.output)] for row in rows.values()]}")
+        assert all(row.past.allowed == row.past.output for row in rows.values())
 
     def result(self) -> BatchResult:
         """Wait for it."""
@@ -71,12 +86,24 @@ class Device:
         self.log.append("close")
 
 
+class Masks:
+    """A follower of grammars whose masks are the answers."""
+
+    def allowed(self, grammar: str, output: bytes) -> bytes:
+        """See the protocol."""
+        return output
+
+    def ahead(self, grammar: str, output: bytes, allowed: bytes, guess: bytes, most: int):
+        """Nothing is forced."""
+        return b"", ()
+
+
 class Running:
     """An engine thread, and what it has reported."""
 
     def __init__(self, device: Device) -> None:
         self.device, self.reported = device, list[int | None]()
-        self.thread = EngineThread(lambda: device, Guide(lambda: pytest.fail("no grammar was given")))
+        self.thread = EngineThread(lambda: device, Guide(Masks))
 
     def give(self, given: BatchPlan) -> None:
         """Submit a plan."""
@@ -125,6 +152,42 @@ async def test_a_step_that_ends_first_is_reported_without_another() -> None:
         await running.until_reported(1)
         running.give(plan(2))
         await running.until("launch 1", "read 1", "launch 2")
+        running.device.steps[2].ended.set()
+        await running.until_reported(1, 2)
+        nursery.cancel_scope.cancel()
+
+
+async def test_rows_draw_late_when_the_step_before_was_read() -> None:
+    """Late draws are launched with the tokens of the step before, at once, and before another step is launched."""
+    running = Running(Device())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        running.give(plan(1, followed=True))
+        running.give(late_plan(2))
+        log = ["launch 1", "launch 2"]
+        await running.until(*log)
+        running.give(late_plan(3, ends=(2,)))
+        running.device.steps[1].ended.set()
+        await running.until(*log, "read 1", "late 2 [[8, 1]]", "launch 3")
+        running.device.steps[2].ended.set()
+        log += ["read 1", "late 2 [[8, 1]]", "launch 3", "read 2", "late 3 []"]  # 2 has ended the answer
+        await running.until(*log)
+        running.device.steps[3].ended.set()
+        await running.until(*log, "read 3")
+        nursery.cancel_scope.cancel()
+
+
+async def test_rows_behind_a_step_that_was_read_draw_at_once() -> None:
+    """A row whose plan comes after the step that it follows was read has its draw launched with the row."""
+    running = Running(Device())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        running.give(plan(1, followed=True))
+        await running.until("launch 1")
+        running.device.steps[1].ended.set()
+        await running.until_reported(1)
+        running.give(late_plan(2))
+        await running.until("launch 1", "read 1", "launch 2", "late 2 [[8, 1]]")
         running.device.steps[2].ended.set()
         await running.until_reported(1, 2)
         nursery.cancel_scope.cancel()

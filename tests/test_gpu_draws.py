@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjustments import some_adjustments
-from memserve.drawing import Logprobs, Sampling
+from memserve.drawing import Adjustments, Logprobs, Sampling
 from memserve.engine import gpu_draws, sampling
 from memserve.engine.adjusting import adjusted, logprobs_of
 from memserve.engine.gpu_draws import best_of, launch_draws
-from memserve.engine.plans import Row
+from memserve.engine.plans import Past, Row
 from memserve.engine.sampling import draw
 from memserve.tokens import pack
 
@@ -138,6 +139,100 @@ def test_draws_from_few_tokens_sort_few(monkeypatch):
         rows = rows_of([Sampling(1.0, top_k=top_k, seed=i) for i in range(8)])
         launch_draws(rows, {i: i for i in rows}, logits, best_of(logits), followed=True)
     assert heads == [sampling.HEAD, sampling.WIDE]
+
+
+def late(row: Row) -> Row:
+    """The row as it is before its answer's last token is known."""
+    how = attrs.evolve(row.sample.adjust, presence=row.sample.adjust.presence or 0.5)
+    sample = attrs.evolve(row.sample, adjust=how)
+    return attrs.evolve(row, sample=sample, past=attrs.evolve(row.past, output=b""), follows=0)
+
+
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_late_draws_are_those_of_rows_that_are_known(which):
+    """Rows that draw late draw what their adjustments ask for, in any order of the step's rows, without a wait."""
+    chance = random.Random(5)
+    asked = [some_adjustments(chance, 700) for _ in range(24)]
+    hows = [
+        Sampling(0.4 * (i % 3), seed=i, logprobs=(None, 0, 3)[i % 3], adjust=how)
+        for i, (how, _) in enumerate(asked)
+    ]
+    rows = rows_of(hows, [past for _, past in asked])
+    order = chance.sample(list(rows), len(rows))  # a step that is launched kernel by kernel sorts its rows
+    waiting = {i: late(rows[i]) for i in rows if which == "all" or i % 2}
+    known = {i: attrs.evolve(row, past=rows[i].past, follows=None) for i, row in waiting.items()}
+    logits = 3 * torch.randn(len(rows), 700, generator=torch.Generator().manual_seed(6))
+    exact = drawn_alone(logits, rows | known)
+    draws = launch_draws(
+        {i: (rows | waiting)[i] for i in order}, {i: i for i in order}, logits, best_of(logits)
+    )
+    with Launches() as seen:
+        draws.draw_late(known)
+    assert seen.names and not seen.waits
+    assert draws.drawn_by(list(rows)).tolist() == list(exact.values())
+    drawn, reports, void = draws.read()
+    assert drawn == exact and not void
+    for i, one in reports.items():
+        assert one.drawn == pytest.approx(logprobs_of(logits[i], drawn[i], 0).drawn, abs=1e-12)
+    assert reports.keys() == {i for i in rows if i % 3}
+
+
+def test_rows_that_are_left_out_of_late_draws_are_void():
+    """A row that would have drawn late and was left out is void, whether the logits are kept or not, and without a report."""
+    how = Sampling(0.0, logprobs=1, adjust=Adjustments(presence=0.5))
+    rows = {i: Row(pack([0]), 7, (0,), how, Past(b"", b""), follows=i) for i in range(3)}
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(6))
+    for kept in (True, False):
+        draws = launch_draws(rows, {i: i for i in rows}, logits, best_of(logits))
+        known = {1: rows[1].known(int(logits[1].argmax()))}
+        draws.draw_late(known)
+        if not kept:
+            draws.give_up_logits()
+        drawn, reports, void = draws.read()
+        assert drawn == drawn_alone(logits, known)
+        assert reports.keys() == {1} and void == {0, 2}
+
+
+def test_late_draws_that_are_far_are_found_or_void():
+    """Late draws that are not among the most probable tokens are made once more if the logits are kept, or are void."""
+    how = Sampling(1.0, adjust=Adjustments(presence=0.5))
+    rows = {
+        i: Row(pack([0]), 7, (0,), attrs.evolve(how, seed=i), Past(b"", b""), follows=i) for i in range(40)
+    }
+    known = {i: row.known(i) for i, row in rows.items()}
+    logits = 0.05 * torch.randn(40, 9000, generator=torch.Generator().manual_seed(2))
+    exact = drawn_alone(logits, known)
+    for followed in (False, True):
+        draws = launch_draws(rows, {i: i for i in rows}, logits, best_of(logits), followed)
+        draws.draw_late(known)
+        if followed:
+            draws.give_up_logits()
+        drawn, _, void = draws.read()
+        assert 5 < len(void) < 35 if followed else not void
+        assert drawn == {i: token for i, token in exact.items() if i not in void}
+
+
+def test_late_draws_are_checked():
+    """Adjustments beyond the vocabulary, and masks that are not there, are refused with the row's number, before a launch."""
+    logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(6))
+    hows = [Sampling(0.0, adjust=Adjustments(**one)) for one in ({"presence": 0.5}, {"grammar": "x"})]
+    rows = {i: Row(pack([0]), 7, (0,), how, Past(b"", b""), follows=i) for i, how in enumerate(hows)}
+    draws = launch_draws(rows, {i: i for i in rows}, logits, best_of(logits))
+    for number, token, said in ((0, 500, "row 0: adjusts logits"), (1, 5, "row 1: follows a grammar")):
+        with pytest.raises(ValueError, match=said):
+            draws.draw_late({number: rows[number].known(token)})
+
+
+def test_broken_logits_of_a_late_draw_name_the_row():
+    """Logits that are not numbers are an error that names the row, also if the row draws late."""
+    logits = torch.randn(2, 500, generator=torch.Generator().manual_seed(6))
+    logits[1] = torch.nan
+    how = Sampling(0.0, adjust=Adjustments(presence=0.5))
+    rows = {i: Row(pack([0]), 7, (0,), how, Past(b"", b""), follows=i) for i in range(2)}
+    draws = launch_draws(rows, {i: i for i in rows}, logits, best_of(logits))
+    draws.draw_late({i: row.known(3) for i, row in rows.items()})
+    with pytest.raises(FloatingPointError, match="row 1: the largest logit is nan"):
+        draws.read()
 
 
 def test_log_probabilities_of_many_draws_are_those_of_each():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections import deque
 from itertools import count as numbers
 
+import attrs
 import pytest
 import torch
 from msgspec import UNSET
 
 import fake_flashinfer
-from adjustments import adjustments
+from adjustments import adjustments, some_allowed
 from backends import ON_CARDS, SPEC, make_engine
 from memserve.actions import BatchDone, RunBatch, Send
 from memserve.drawing import Logprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.gpu_launch import LaunchedStep
-from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.guide import Guide
+from memserve.engine.plans import BatchPlan, BatchResult, Past, Row
 from memserve.engine.weights import random_weights
 from memserve.engine.worker import WorkerCore
 from memserve.messages import Cancel, Member, Plan, Prefill, Request, Tokens
@@ -40,8 +43,28 @@ def engine(request, tmp_path):
     made.engine.close()
 
 
+class Halves:
+    """A follower of grammars: half of the tokens are allowed, another half after each answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        """The answers that it was asked to continue."""
+
+    def allowed(self, grammar: str, output: bytes) -> bytes:
+        """See the protocol."""
+        self.asked.append(output)
+        return some_allowed(random.Random(zlib.crc32(grammar.encode() + output)), SPEC.vocab)
+
+    def ahead(self, grammar, output, allowed, guess, most):
+        """Nothing is forced."""
+        return b"", ()
+
+
 class Worker:
-    """A worker's core and its engine, without an actor: the shard answers at once, and a page is never used twice."""
+    """A worker's core, its engine and what the engine's thread does, without an actor.
+
+    The shard answers at once, and a page is never used twice.
+    """
 
     def __init__(self, engine, overlaps: bool, slow: bool = False) -> None:
         """``slow``: whether both of two steps have been read when the core hears of the first."""
@@ -51,13 +74,18 @@ class Worker:
         settings = WorkerSettings(limits, PAGE_TOKENS, 400, "all", overlaps=overlaps)
         self.core = WorkerCore(Presence(me, (seed_id("scheduler-0"),)), SHARD, settings)
         self.engine, self.running = engine, deque[LaunchedStep]()
+        self.halves = Halves()
+        self.guide, self.tokens = Guide(lambda: self.halves), tuple[int | None, ...]()
+        """``tokens``: those of the step that was read last."""
+        self.late: tuple[LaunchedStep, BatchPlan] | None = None
+        """The step that has yet to draw late."""
         self.read = deque[BatchResult]()
         """Results that the engine's thread has read and the core has not heard of."""
         self.pages, self.leases = numbers(), numbers(1)
         self.answers: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[Logprobs]] = {}
-        self.together = self.void = 0
-        """Steps launched behind another, and void rows."""
+        self.together = self.void = self.drawn_late = 0
+        """Steps launched behind another, void rows, and rows that drew late."""
 
     def ask(self, name: str, length: int, new: int, how: Sampling, ends: tuple[int, ...] = ()) -> None:
         """Place a request."""
@@ -73,16 +101,40 @@ class Worker:
         actions = self.core.take()
         for action in actions:
             if isinstance(action, RunBatch):
-                self.together += bool(self.running)
-                self.running.append(self.engine.launch(action.plan))
+                self.launch(action.plan)
             elif isinstance(action, Send):
                 self.hear(action.message)
         if not actions and (self.running or self.read):
             for _ in range(0 if self.read else len(self.running) if self.slow else 1):
-                self.read.append(self.running.popleft().result())
+                self.read_one()
             result = self.read.popleft()
             self.void += len(result.void)
             self.core.receive(ME, BatchDone(result), 0.0)
+
+    def launch(self, plan: BatchPlan) -> None:
+        """Launch a step, as the engine's thread does."""
+        step = self.engine.launch(self.guide.filled(plan))
+        self.late = (step, plan) if plan.late else None
+        if not self.running:
+            self.draw_late()
+        self.together += bool(self.running)
+        self.running.append(step)
+
+    def read_one(self) -> None:
+        """Read a step, as the engine's thread does."""
+        result = self.running.popleft().result()
+        self.tokens = result.tokens
+        self.read.append(result)
+        self.draw_late()
+
+    def draw_late(self) -> None:
+        """Have the latest step's late rows draw, now that the step before was read."""
+        if self.late is not None:
+            step, plan = self.late
+            rows = self.guide.filled_late(plan, self.tokens)
+            self.drawn_late += len(rows)
+            step.draw_late(rows)
+        self.late = None
 
     def hear(self, message) -> None:
         """Answer as the shard does, or note tokens as a Frontend does."""
@@ -126,13 +178,22 @@ HOWS = [
     Sampling(temperature=1.0, top_k=40, seed=2, logprobs=3),
     Sampling(temperature=1.5, seed=3, logprobs=0),
 ]
-ADJUSTED = Sampling(temperature=0.7, seed=4, adjust=adjustments(presence=1.5))
+ADJUSTED = [
+    Sampling(temperature=0.7, seed=4, adjust=adjustments(presence=1.5, min_tokens=4)),
+    Sampling(temperature=0.0, adjust=adjustments(repetition=1.5), logprobs=2),
+    Sampling(temperature=1.0, seed=5, logprobs=1, adjust=adjustments(grammar="first")),
+    Sampling(temperature=1.2, seed=6, adjust=adjustments({5: 4.0}, min_tokens=6)),
+    Sampling(temperature=0.0, adjust=adjustments({7: 2.0}, frequency=0.9, grammar="second")),
+]
 
 
 def conversation(engine, overlaps: bool, seed: int, *more: Sampling, slow: bool = False) -> Worker:
     """A worker after requests that came one by one, with prompts of several chunks; some end at an end token."""
     chance, worker = random.Random(seed), Worker(engine, overlaps, slow)
-    for i, how in enumerate((*HOWS, *more, *HOWS)):
+    hows = [*HOWS, *more, *HOWS]
+    if more:
+        chance.shuffle(hows)
+    for i, how in enumerate(hows):
         length = chance.choice([1, 15, 16, 40, 70])
         ends = tuple(chance.sample(range(SPEC.vocab), 40)) if i % 2 else ()
         worker.ask(f"{i}-{length}", length, chance.randrange(5, 25), how, ends)
@@ -169,11 +230,25 @@ def test_tokens_are_those_of_single_steps(engine, seed):
     check_logprobs(overlapping, single)
 
 
-def test_streams_that_need_their_tokens_run_beside_others(engine):
-    """With a stream that has penalties, steps wait for its tokens, and overlap again once it has ended."""
-    single, overlapping = (conversation(engine, overlaps, 5, ADJUSTED) for overlaps in (False, True))
-    assert overlapping.together > 10
+@pytest.mark.parametrize(("seed", "slow"), [(7, False), (11, True)])
+def test_streams_with_penalties_and_grammars_overlap(engine, seed, slow):
+    """Streams with penalties and grammars draw late in overlapping steps, and get the tokens of single steps."""
+    single = conversation(engine, False, seed, *ADJUSTED)
+    overlapping = conversation(engine, True, seed, *ADJUSTED, slow=slow)
+    assert overlapping.together > 15 and overlapping.drawn_late > 20 and not single.drawn_late
     assert overlapping.answers == single.answers
+    assert sorted(overlapping.halves.asked) == sorted(single.halves.asked)  # nothing behind an answer's end
+    check_logprobs(overlapping, single)
+
+
+def test_late_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
+    """If hardly any draw is found among the most probable tokens, rows that draw late come back void, too."""
+    few_are_found(monkeypatch)
+    single = conversation(engine, False, 1, *ADJUSTED)
+    overlapping = conversation(engine, True, 1, *ADJUSTED)
+    assert overlapping.void > 20 and overlapping.drawn_late > 20
+    assert overlapping.answers == single.answers
+    check_logprobs(overlapping, single)
 
 
 def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
@@ -223,6 +298,42 @@ def test_a_step_is_launched_before_the_last_one_is_read(tmp_path):
     drawn = first.result().tokens, second.result().tokens
     plan = BatchPlan((Row(pack([drawn[0][0]]), 1, (3,), GREEDY),))
     assert engine.run(plan).tokens == drawn[1]
+
+
+def test_late_draws_are_launched_once_and_before_all_else(tmp_path, monkeypatch):
+    """No step is launched or read whose late draws were not launched; its result waits for those draws."""
+    made = make_engine("stand-in", random_weights(SPEC, "bfloat16", 3), tmp_path, PAGES)
+    graphs, engine = made.engine._graphs, made.engine
+    engine.warm_up()
+    how = Sampling(temperature=0.0, adjust=adjustments(presence=100.0))
+    first = engine.launch(BatchPlan((Row(pack([5]), 0, (3,), how, Past(b"", b"")),), followed=True))
+    row = Row(pack([0]), 1, (3,), how, Past(b"", b""), follows=0)
+    second = engine.launch(BatchPlan((row,), followed=True))
+    with pytest.raises(AssertionError, match="late draws were not"):
+        engine.launch(BatchPlan((Row(pack([0]), 0, (4,), GREEDY),)))
+    (token,) = first.result().tokens
+    with pytest.raises(AssertionError, match="late draws were not"):
+        second.result()
+    marks, waited = numbers(), []
+    monkeypatch.setattr(graphs, "mark", lambda: Noted(next(marks), waited))
+    second.draw_late({0: row.known(token)})
+    with pytest.raises(AssertionError, match="launched already"):
+        second.draw_late({0: row.known(token)})
+    (drawn,) = second.result().tokens
+    assert waited == [0] and drawn != token
+    assert engine.run(BatchPlan((row.known(token),))).tokens == (drawn,)
+
+
+@attrs.frozen
+class Noted:
+    """A mark whose waits are noted."""
+
+    number: int
+    waited: list[int]
+
+    def wait(self) -> None:
+        """Note it."""
+        self.waited.append(self.number)
 
 
 def test_a_row_that_follows_nothing_is_refused(tmp_path):

@@ -26,7 +26,7 @@ from memory_cluster import (
 from memserve.actions import BatchDone, RunBatch, Send
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
-from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.plans import BatchPlan, BatchResult, Past, Row
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PoolError
 from memserve.messages import Cancel, Member, Plan, Prefill, Request, Tokens
@@ -156,16 +156,41 @@ def test_prompt_tokens_are_counted_as_they_are_run() -> None:
     assert core.gauges()["prefill_tokens_total"] == 60 + 20 + 20
 
 
-def test_what_needs_the_token_waits_for_it() -> None:
-    """A stream with penalties has the next step given only when its token is known."""
+def test_what_needs_the_token_draws_late() -> None:
+    """A stream with penalties has its next row given at once; it draws once the token that it follows is known."""
     core = worker()
-    start(core, "a", sampling=Sampling(adjust=Adjustments(presence=1.0)))
+    how = Sampling(adjust=Adjustments(repetition=1.5))
+    start(core, "a", sampling=how)
     start(core, "b")
-    (first,) = given(core)
-    assert not first.followed
-    (second,) = plans(done(core, 5, 6))
-    assert [row.follows for row in second.rows] == [None, None]
-    assert [row.tokens for row in second.rows] == [pack([5]), pack([6])]
+    first, second = given(core)
+    assert first.followed and not first.late
+    behind = Row(pack([0]), 10, tuple(range(4)), how, Past(pack(range(10)), b""), follows=0, ends=pack([7]))
+    assert second.rows == (behind, Row(pack([0]), 10, tuple(range(4)), Sampling(), follows=1))
+    assert second.followed and second.late
+    (third,) = plans(done(core, 5, 6))
+    assert [row.past for row in third.rows] == [Past(pack(range(10)), pack([5])), None]
+    assert third.late_rows((8, 9)) == {0: attrs.evolve(
+        third.rows[0], tokens=pack([8]), past=Past(pack(range(10)), pack([5, 8])), follows=None, ends=b""
+    )}  # fmt: skip
+    assert third.late_rows((7, 9)) == third.late_rows((None, 9)) == {}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"presence": 1.0}, {"frequency": 1.0}, {"repetition": 0.5}, {"grammar": "x"}]
+)
+def test_rows_draw_late_only_where_the_token_matters(fields) -> None:
+    """Penalties and grammars need the token before; biases, lists and ``min_tokens`` do not."""
+    mask = b"\xff" * 8
+    for more, late in (({}, False), (fields, True)):
+        core = worker()
+        others = {} if "grammar" in more else {"allowed": mask}
+        start(
+            core,
+            "a",
+            sampling=Sampling(adjust=Adjustments(pack([3]), b"\0" * 4, min_tokens=9, **others, **more)),
+        )
+        first, second = given(core)
+        assert [first.late, second.late] == [False, late]
 
 
 def test_a_prompt_that_leaves_with_its_token_delays_no_other() -> None:
@@ -176,6 +201,19 @@ def test_a_prompt_that_leaves_with_its_token_delays_no_other() -> None:
     first, second = given(core)
     assert [row.start for row in first.rows] == [0, 0]
     assert [(row.start, row.follows) for row in second.rows] == [(2, None)]  # the rest of "b"
+
+
+def test_end_tokens_are_forbidden_by_the_number_of_tokens_alone() -> None:
+    """A row knows whether ``min_tokens`` is reached before the token that it follows is known; no step leaves it out."""
+    core = worker()
+    start(core, "a", new=9, sampling=Sampling(adjust=Adjustments(min_tokens=3)))
+    running = given(core)
+    forbidden = [plan.rows[0].past.forbidden for plan in running]
+    for _ in range(4):
+        (plan,) = plans(done(core, 5))
+        assert plan.rows[0].follows == 0
+        forbidden.append(plan.rows[0].past.forbidden)
+    assert forbidden == [pack([7])] * 3 + [b""] * 3
 
 
 def test_a_void_row_is_run_again_with_its_token_known() -> None:
@@ -242,30 +280,39 @@ class OverlappingPages(PageEngine):
     latest: list[int | None] = attrs.field(factory=list)
     followed: int = 0
     """Rows that followed another."""
+    late: int = 0
+    """Rows that drew late."""
     void: int = 0
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        drawn = [self._drawn(row, plan.followed) for row in plan.rows]
+        late = plan.late_rows([None if one == VOID else one for one in self.latest])
+        drawn = [self._drawn(row, late.get(i, row), plan.followed) for i, row in enumerate(plan.rows)]
         self.latest = drawn
+        self.late += len(late)
         void = frozenset(i for i, one in enumerate(drawn) if one == VOID)
         self.followed += sum(row.follows is not None for row in plan.rows)
         self.void += len(void)
         return BatchResult(tuple(None if one == VOID else one for one in drawn), 1.0, 1, void=void)
 
-    def _drawn(self, row: Row, followed: bool) -> int | None:
+    def _drawn(self, row: Row, known: Row, followed: bool) -> int | None:
+        """``known``: the row with what is known when it draws, if it draws late."""
         if row.follows is not None:
             assert row.tokens == pack([0])
             row = attrs.evolve(row, tokens=pack([self.latest[row.follows]]))
         held = self.write(row)
         if held is None:
             return None
-        if unpack(row.tokens)[-1] == VOID:
+        if unpack(row.tokens)[-1] == VOID or known.late:
             return VOID
+        if known.past is not None:
+            assert known.past.prompt + known.past.output == pack(held)
         lost = followed and hashlib.sha256(pack(held)).digest()[7] % 9 == 0
         return VOID if lost else next_token(held, row.sample.seed)
 
 
 VOID = -3
+ADJUSTED = Sampling(0.0, adjust=Adjustments(repetition=1.5))
+"""The engine draws as without it, once it has checked the tokens that the penalty would count."""
 
 
 @attrs.define(eq=False)
@@ -296,7 +343,9 @@ async def test_overlapping_changes_no_token(autojump_clock: MockClock, workers, 
         for length, new in [(1, 90), (4, 1), (17, 130), (60, 5), (16, 64), (3, 2)]:
             tokens = prompt(length, length)
             assert await generate(frontend, tokens, new) == reference(tokens, new)
+            assert await generate_with(frontend, tokens, ADJUSTED, new, ()) == reference(tokens, new)
         assert sum(one.followed for one in cluster.engines) > 200
+        assert sum(one.late for one in cluster.engines) > 100
         assert sum(one.void for one in cluster.engines) > 20
         await baseline(cluster)
 
@@ -309,7 +358,8 @@ async def test_streams_that_end_early_leave_nothing_behind(autojump_clock: MockC
             text, new = prompt(i % 4, 20 + i), 10 + i
             ends = ends_of(text, new, i) if i % 2 else ()
             with trio.move_on_after(0.2 if i % 5 == 0 else 1e4) as patience:
-                got = await generate_with(frontend, text, Sampling(0.0, seed=i), new, ends)
+                how = attrs.evolve(ADJUSTED if i % 4 > 1 else Sampling(0.0), seed=i)
+                got = await generate_with(frontend, text, how, new, ends)
             if not patience.cancelled_caught:
                 whole = reference(text, new, i)
                 assert got == (whole[: whole.index(ends[0]) + 1] if ends else whole)

@@ -38,6 +38,11 @@ class Adjustments:
     grammar: str = ""
     """Grammar of the answer, in llguidance's notation; empty: none. See :mod:`memserve.engine.grammars`."""
 
+    @property
+    def by_answer(self) -> bool:
+        """Whether they depend on which tokens the answer has so far, and not only on how many."""
+        return bool(self.grammar or self.frequency or self.presence) or self.repetition != 1
+
 
 @attrs.frozen
 class Sampling:

@@ -21,7 +21,8 @@ from memserve.engine.plans import BatchPlan, BatchResult, OverlappingEngine, Run
 class EngineThread:
     """Runs the steps of the engine that ``make`` builds, in order, and one at a time unless it overlaps them.
 
-    ``guide`` fills in which tokens the grammars allow.
+    ``guide`` fills in which tokens the grammars allow: before a step, or before its late draws, once the step
+    in front of it was read. Where a grammar takes longer than the step, the device waits, but no result does.
     """
 
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
@@ -33,6 +34,8 @@ class EngineThread:
         self._ended = trio.Event()
         self._failure: BaseException | None = None
         self._deliver: Callable[[BatchResult], None] = lambda result: None
+        self._tokens: tuple[int | None, ...] = ()
+        """Those of the overlapping step that was read last."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Build the engine, then serve until cancelled.
@@ -75,11 +78,25 @@ class EngineThread:
     def _overlap(self, engine: OverlappingEngine, plan: BatchPlan) -> None:
         """Run a step, and behind it every step whose plan comes before the previous one has ended."""
         running = engine.launch(self._guide.filled(plan))
+        # It may follow a step that has ended and was read, whose result the core did not have yet.
+        self._draw_late(running, plan)
         while plan.followed and (following := self._plan_during(running)) is not None:
             plan, behind = following, engine.launch(self._guide.filled(following))
-            self._report(running.result())
+            self._read(running)
+            self._draw_late(behind, plan)
             running = behind
-        self._report(running.result())
+        self._read(running)
+
+    def _read(self, running: RunningStep) -> None:
+        """Wait for the step and report its result."""
+        result = running.result()
+        self._tokens = result.tokens
+        self._report(result)
+
+    def _draw_late(self, running: RunningStep, plan: BatchPlan) -> None:
+        """Launch the step's late draws, if it has any: the step before was read."""
+        if plan.late:
+            running.draw_late(self._guide.filled_late(plan, self._tokens))
 
     def _plan_during(self, running: RunningStep) -> BatchPlan | None:
         """The next plan, if it comes before the step has ended."""

@@ -6,8 +6,10 @@ one by one, and so do decode rows that share a prefix, if attending to it togeth
 does.
 
 The host works while the GPU runs: a step that may be followed (:mod:`memserve.engine.steps`) has the next one
-launched behind it, which takes the tokens that it follows from the device. While a captured step runs that
-may not be followed, the next one is planned, for the same rows one token further.
+launched behind it, which takes the tokens that it follows from the device. Rows whose penalties or grammar
+depend on those tokens draw late, once the host knows them (:class:`memserve.engine.gpu_launch.LaunchedStep`).
+While a captured step runs that may not be followed, the next one is planned, for the same rows one token
+further.
 
 A step's result is there when the GPU has finished it: any process may then read a page that the step reported
 as written, and a page that no later step reads may be reassigned.
@@ -171,8 +173,7 @@ class CudaEngine:
             before.overtake()
         draws, prompts = self._launch(plan, self.sharing)
         running = None if before is None or before.read else before
-        mark = self._graphs.mark()
-        self._latest = LaunchedStep(plan, draws, prompts, mark, began, neighbours, running)
+        self._latest = LaunchedStep(plan, draws, prompts, self._graphs, began, neighbours, running)
         return self._latest
 
     def warm_up(self) -> None:

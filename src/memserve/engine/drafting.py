@@ -181,7 +181,9 @@ class Drafting:
         """Rows that may have drafts, each with the longest draft allowed."""
         for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
             if row.sample is not None and row.sample.logprobs is None and one.decoding:
-                room = min(self.most, one.room(self.page_tokens) - 1, one.remaining(self.max_context) - 1)
+                room = min(
+                    self.most, one.room(self.page_tokens) - 1, one.remaining_alike(self.max_context) - 1
+                )
                 if room > 0:
                     yield number, room
 

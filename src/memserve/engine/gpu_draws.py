@@ -16,6 +16,7 @@ import torch
 from memserve.drawing import Logprobs
 from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted
+from memserve.engine.plan_check import check_late
 from memserve.engine.plans import Row
 from memserve.engine.prompt_logprobs import scores_of
 from memserve.kernels.sending import fetched, sent
@@ -31,18 +32,64 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
 
 @attrs.define(eq=False)
 class Draws:
-    """The draws of one step's rows, launched behind it; :meth:`read` may be called once the device made them."""
+    """The draws of one step's rows, launched behind it; :meth:`read` may be called once the device made them.
+
+    Rows that draw late are void unless :meth:`draw_late` launches their draws.
+    """
 
     rows: Mapping[int, Row]
-    """The rows that draw, by number, in order."""
+    """The rows that draw, by number, in the order of ``tokens``."""
     tokens: torch.Tensor
-    """(rows,) int64 on the device: the drawn tokens, or ``ELSEWHERE``."""
-    _found: torch.Tensor
-    """(2, rows) float64 on the host: each row's largest logit, and its token of ``tokens``."""
-    _reports: Sequence[tuple[Sequence[int], torch.Tensor]]
-    """Row numbers, and on the host what :func:`scores_of` says of their draws."""
+    """(rows,) int64 on the device: the drawn tokens, or ``ELSEWHERE``; of rows that do not draw, any token."""
+    _best: torch.Tensor
+    """(rows,) float64 on the device: each row's largest logit. May be overwritten when the logits may be."""
     _places: Mapping[int, int]
     _logits: torch.Tensor | None
+    _head: int
+    """How many of a row's most probable tokens its draw is looked for among."""
+    _reports: list[tuple[Sequence[int], torch.Tensor]] = attrs.field(factory=list, init=False)
+    """Row numbers, and on the host what :func:`scores_of` says of their draws."""
+    _found: torch.Tensor = attrs.field(init=False)
+    """(2, rows) on the host: ``_best`` and ``tokens``."""
+
+    def __attrs_post_init__(self) -> None:
+        self._launch([number for number, row in self.rows.items() if not row.late])
+
+    def draw_late(self, rows: Mapping[int, Row]) -> None:
+        """Launch the draws of ``rows``, which draw late and are known now, without a wait for the device.
+
+        Raises ValueError, naming the row, for adjustments that reach beyond the logits.
+        """
+        assert self._logits is not None, "a row draws late from logits that may be gone"
+        assert all(self.rows[number].late for number in rows), "a row draws twice"
+        check_late(rows, self._logits.shape[1])
+        self.rows = {**self.rows, **rows}
+        self._launch(list(rows))
+
+    def _launch(self, numbers: Sequence[int]) -> None:
+        """Launch the draws of rows ``numbers``, and the copies to the host."""
+        assert self._logits is not None
+        others = [number for number in numbers if not _takes_the_best(self.rows[number])]
+        if parts := list(_launched(others, self.rows, self._places, self._logits, self._head)):
+            drawn = torch.cat(parts)
+            if others != list(self.rows):
+                drawn = self.tokens.index_copy(0, _on(self._logits, self._lines_of(others)), drawn)
+            self.tokens = drawn
+        reporting = [number for number in numbers if _most(self.rows[number]) is not None]
+        if reporting:
+            drawn = _lines(self.tokens, self._lines_of(reporting)).clamp(min=0)
+            scores = _scored(reporting, self.rows, self._places, self._logits, drawn)
+            self._reports += [(some, fetched(part)) for some, part in scores]
+        self._found = fetched(torch.stack((self._best, self.tokens.double())))
+
+    def _lines_of(self, numbers: Sequence[int]) -> list[int]:
+        """The lines of rows ``numbers`` in ``tokens``."""
+        lines = {number: line for line, number in enumerate(self.rows)}
+        return [lines[number] for number in numbers]
+
+    def drawn_by(self, numbers: Sequence[int]) -> torch.Tensor:
+        """What rows ``numbers`` draw, (numbers,) int64 on the device; any token for draws not found there."""
+        return _lines(self.tokens, self._lines_of(numbers)).clamp(min=0)
 
     def give_up_logits(self) -> None:
         """Allow the logits to be overwritten: draws that would still need them become void."""
@@ -57,18 +104,19 @@ class Draws:
         for number, value in zip(self.rows, values, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"row {number}: the largest logit is {value}")
-        drawn = {number: int(token) for number, token in zip(self.rows, ids, strict=True)}
+        undrawn = frozenset(number for number, row in self.rows.items() if row.late)
+        tokens = {i: int(token) for i, token in zip(self.rows, ids, strict=True) if i not in undrawn}
+        drawn = {i: token for i, token in tokens.items() if token != sampling.ELSEWHERE}
         reports = _read_reports(self.rows, self._reports)
-        far = [number for number, token in drawn.items() if token == sampling.ELSEWHERE]
+        far = [number for number in tokens if number not in drawn]
         if not far:
-            return drawn, reports, frozenset()
+            return drawn, reports, undrawn
         if self._logits is None:
-            kept = {i: token for i, token in drawn.items() if token != sampling.ELSEWHERE}
-            return kept, {i: one for i, one in reports.items() if i in kept}, frozenset(far)
+            return drawn, {i: one for i, one in reports.items() if i in drawn}, undrawn.union(far)
         found = self._drawn_far(far, self._logits)
         scores = _scored(far, self.rows, self._places, self._logits, _on(self._logits, list(found.values())))
         reports |= _read_reports(self.rows, [(some, part.cpu()) for some, part in scores])
-        return drawn | found, reports, frozenset()
+        return drawn | found, reports, undrawn
 
     def _drawn_far(self, far: Sequence[int], logits: torch.Tensor) -> dict[int, int]:
         """The tokens of rows ``far``, in their order, which are not among their ``HEAD`` most probable ones."""
@@ -89,22 +137,15 @@ def launch_draws(
 ) -> Draws:
     """Launch the draws of ``rows`` and the copy of their tokens to the host, without a wait for the device.
 
+    Rows that draw late are left to :meth:`Draws.draw_late`.
+
     ``places``: each row's line in ``logits``, (lines, vocab) float32, and in ``best``, what :func:`best_of`
     found in them. ``followed``: whether the logits may be overwritten before the draws are read. A draw that is
     not found by then costs its stream three steps, so it is looked for among more tokens at once.
     """
-    numbers, others = list(rows), [i for i, row in rows.items() if not _takes_the_best(row)]
-    values, tokens = _lines(best.T, [places[number] for number in numbers]).unbind(1)
-    tokens = tokens.long()
+    values, tokens = _lines(best.T, [places[number] for number in rows]).unbind(1)
     head = sampling.WIDE if followed else sampling.HEAD
-    if parts := list(_launched(others, rows, places, logits, head)):
-        drawn = torch.cat(parts)
-        at = {number: index for index, number in enumerate(numbers)}
-        at_others = _on(logits, [at[number] for number in others])
-        tokens = drawn if others == numbers else tokens.index_copy(0, at_others, drawn)
-    scores = _scored(numbers, rows, places, logits, tokens.clamp(min=0))
-    reports = [(some, fetched(part)) for some, part in scores]
-    return Draws(rows, tokens, fetched(torch.stack((values, tokens.double()))), reports, places, logits)
+    return Draws(rows, tokens.long(), values, places, logits, head)
 
 
 def _takes_the_best(row: Row) -> bool:

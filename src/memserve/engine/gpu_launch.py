@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
@@ -12,7 +12,7 @@ import torch
 
 from memserve.drawing import PromptLogprobs
 from memserve.engine.gpu_draws import Draws
-from memserve.engine.plans import BatchPlan, BatchResult
+from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.kernels.sending import sent
 
 
@@ -89,13 +89,16 @@ class LaunchedStep:
     _draws: Draws | None
     """None where no row draws."""
     _prompts: dict[int, PromptLogprobs]
-    _mark: Mark
-    """Behind the step and the copies of its draws to the host."""
+    _graphs: Graphs
     _began: float
     """When its launch began, in ``perf_counter`` seconds."""
     _neighbours: int
     _before: LaunchedStep | None
     """The step that was running when this one was launched; None once this one's result was read."""
+    _waits: bool = attrs.field(default=attrs.Factory(lambda self: self.plan.late, takes_self=True))
+    """Whether rows that draw late have yet to become known."""
+    _mark: Mark = attrs.field(default=attrs.Factory(lambda self: self._graphs.mark(), takes_self=True))
+    """Behind the step and the copies of its draws to the host."""
     read: bool = False
     """Whether its result was read, or reading it failed."""
     _result: BatchResult | None = None
@@ -109,20 +112,27 @@ class LaunchedStep:
     def overtake(self) -> None:
         """Record that another step is about to be launched, which may overwrite the logits."""
         assert self.read or self.plan.followed, "a step was launched behind one that may not be followed"
+        assert not self._waits, "a step was launched behind one whose late draws were not"
         if self._draws is not None:
             self._draws.give_up_logits()
 
     def drawn_by(self, rows: Sequence[int]) -> torch.Tensor:
-        """What ``rows`` draw, (rows,) int64 on the device; 0 for draws that are not found there."""
+        """What ``rows`` draw, (rows,) int64 on the device; any token for draws that are not found there."""
         assert self._draws is not None, "rows follow a step that draws nothing"
         if self._result is not None:
             return sent(np.array([self._result.tokens[row] for row in rows]), self._draws.tokens.device)
-        lines = {number: line for line, number in enumerate(self._draws.rows)}
-        at, tokens = [lines[row] for row in rows], self._draws.tokens.clamp(min=0)
-        return tokens[: len(at)] if at == list(range(len(at))) else tokens[sent(np.array(at), tokens.device)]
+        return self._draws.drawn_by(rows)
+
+    def draw_late(self, rows: Mapping[int, Row]) -> None:
+        """Launch the draws of ``rows``, which draw late and are known now; others that draw late become void."""
+        assert self._waits and self._draws is not None, "late draws were launched already, or there are none"
+        with torch.inference_mode():
+            self._draws.draw_late(rows)
+        self._waits, self._mark = False, self._graphs.mark()
 
     def result(self) -> BatchResult:
         """Wait for the step; its outcome. Raises FloatingPointError, naming the row, for broken logits."""
+        assert not self._waits, "a step is read whose late draws were not launched"
         self._mark.wait()
         self._ended, self.read = time.perf_counter(), True
         began, void = self._began, frozenset[int]()

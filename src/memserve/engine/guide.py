@@ -1,8 +1,8 @@
-"""Fills in, before a step, which tokens the grammars of its rows allow."""
+"""Fills in, before a step or a late draw, which tokens the grammars of its rows allow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -30,18 +30,25 @@ class Guide:
     _made: GrammarMasks | None = None
 
     def filled(self, plan: BatchPlan) -> BatchPlan:
-        """The plan with masks for rows that follow grammars, and drafts of the tokens that these force."""
+        """The plan with masks for rows that follow grammars, and drafts of the tokens that these force.
+
+        Rows that draw late are left as they are until their tokens are known: see :meth:`filled_late`.
+        """
         if not any(_grammar(row) for row in plan.rows):
             return plan
+        return attrs.evolve(plan, rows=tuple(map(self._row, plan.rows)))
+
+    def filled_late(self, plan: BatchPlan, before: Sequence[int | None]) -> dict[int, Row]:
+        """The :meth:`~memserve.engine.plans.BatchPlan.late_rows` of the plan, with masks like ``filled``."""
+        return {number: self._row(row) for number, row in plan.late_rows(before).items()}
+
+    def _row(self, row: Row) -> Row:
+        grammar, past = _grammar(row), row.past
+        if not grammar or past is None or row.late:
+            return row
         if self._made is None:
             self._made = self._make()
-        return attrs.evolve(plan, rows=tuple(self._row(row, self._made) for row in plan.rows))
-
-    @staticmethod
-    def _row(row: Row, grammars: GrammarMasks) -> Row:
-        grammar, past = _grammar(row), row.past
-        if not grammar or past is None:
-            return row
+        grammars = self._made
         allowed = grammars.allowed(grammar, past.output)
         draft, then = grammars.ahead(grammar, past.output, allowed, row.draft, row.draft_most)
         return attrs.evolve(row, draft=draft, past=attrs.evolve(past, allowed=allowed, then=then))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def _check_row(number: int, row: Row, reach: int, spec: ModelSpec, page_tokens: 
     if row.score is not None:
         _check_score(number, row, row.score, spec)
     if row.sample is not None and row.sample.adjust is not None:
-        _check_adjustments(number, row, spec)
+        _check_adjustments(number, row, spec.vocab)
 
 
 def _check_follows(number: int, row: Row, follows: int, before: Sequence[Row]) -> None:
@@ -92,19 +92,25 @@ def _check_score(number: int, row: Row, score: Score, spec: ModelSpec) -> None:
         )
 
 
-def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
+def check_late(rows: Mapping[int, Row], vocab: int) -> None:
+    """Raise ValueError, naming the row, if a row that draws late, known now, adjusts what is not in its logits."""
+    for number, row in rows.items():
+        _check_adjustments(number, row, vocab)
+
+
+def _check_adjustments(number: int, row: Row, vocab: int) -> None:
     """Check the token ids and masks that index logits: on a device, nothing else would catch a bad index."""
     assert row.sample is not None and row.sample.adjust is not None
     adjust, past = row.sample.adjust, row.past
     if past is None or len(adjust.bias) != len(adjust.biased):
         raise ValueError(f"row {number}: adjusts its logits without its past, or some without a bias")
     masks = (past.allowed, *past.then)
-    if adjust.grammar or past.allowed:
+    if (adjust.grammar or past.allowed) and not row.late:
         known = len(masks) == 1 + (count(row.draft) if adjust.grammar else 0)
-        if not known or not all(len(mask) * 8 >= spec.vocab and any(mask) for mask in masks):
+        if not known or not all(len(mask) * 8 >= vocab and any(mask) for mask in masks):
             raise ValueError(f"row {number}: follows a grammar or a list, and what it allows is not known")
     ids = np.frombuffer(past.prompt + past.output + past.forbidden + adjust.biased, np.int32)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < spec.vocab:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab:
         raise ValueError(
-            f"row {number}: adjusts logits of {ids.min()} to {ids.max()}; the vocabulary has {spec.vocab}"
+            f"row {number}: adjusts logits of {ids.min()} to {ids.max()}; the vocabulary has {vocab}"
         )

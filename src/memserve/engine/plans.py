@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import attrs
 
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
-from memserve.tokens import count, span
+from memserve.tokens import count, pack, span, unpack
 
 
 @attrs.frozen
@@ -19,7 +19,7 @@ class Past:
     prompt: bytes
     """The prompt, where ``repetition`` counts it; otherwise empty."""
     output: bytes
-    """The answer so far, over all attempts and workers."""
+    """The answer so far, over all attempts and workers; without the token of the row that this one follows."""
     forbidden: bytes = b""
     """Tokens that must not be drawn yet, because they would end the answer before ``min_tokens``."""
     allowed: bytes = b""
@@ -78,6 +78,20 @@ class Row:
 
     Set where that step was still running when this one was planned; see :mod:`memserve.engine.steps`.
     """
+    ends: bytes = b""
+    """Tokens that end the answer, packed; set where the row draws late. Behind one of them it draws nothing."""
+
+    @property
+    def late(self) -> bool:
+        """Whether it draws late: its adjustments depend on the token that it follows, which is not known yet."""
+        adjust = None if self.sample is None else self.sample.adjust
+        return self.follows is not None and adjust is not None and adjust.by_answer
+
+    def known(self, token: int) -> Row:
+        """The row once the token that it follows is known: that of a step planned then."""
+        assert self.past is not None, "a row that adjusts nothing may draw before the token is known"
+        past = attrs.evolve(self.past, output=self.past.output + pack([token]))
+        return attrs.evolve(self, tokens=pack([token]), past=past, follows=None, ends=b"")
 
     @property
     def end(self) -> int:
@@ -106,6 +120,23 @@ class BatchPlan:
     followed: bool = False
     """Whether the engine may be given the next step before this one has ended."""
 
+    @property
+    def late(self) -> bool:
+        """Whether any row draws late."""
+        return any(row.late for row in self.rows)
+
+    def late_rows(self, before: Sequence[int | None]) -> dict[int, Row]:
+        """The rows that draw late, by number, now that the tokens of the step ``before`` are known.
+
+        Rows that have nothing to draw are left out: what they follow was void, or has ended their stream.
+        """
+        found = {}
+        for number, row in enumerate(self.rows):
+            token = before[row.follows] if row.late and row.follows is not None else None
+            if token is not None and token not in unpack(row.ends):
+                found[number] = row.known(token)
+        return found
+
 
 @attrs.frozen
 class BatchResult:
@@ -133,7 +164,8 @@ class BatchResult:
     void: frozenset[int] = frozenset()
     """Rows that count as not run, by row number.
 
-    Their draw was not found before the next step was launched, or they follow such a row.
+    Their draw was not found before the next step was launched, or they follow such a row, or they would have
+    drawn late and were left out.
     """
     waited_s: float = 0.0
     """Seconds before the step, not part of ``step_ms``, in which other workers of the host had all cores."""
@@ -144,6 +176,13 @@ class RunningStep(Protocol):
 
     def done(self) -> bool:
         """Whether the device has run it."""
+
+    def draw_late(self, rows: Mapping[int, Row]) -> None:
+        """Launch the draws of the rows that draw late: ``rows`` are those of them that draw, once known.
+
+        Called once for a step with such rows, when the result of the step before was read, and before another
+        step is launched or this one's result is read. Raises ValueError, naming the row, as ``launch`` does.
+        """
 
     def result(self) -> BatchResult:
         """Wait for the step; its outcome. Called once, and of two steps of the one launched first."""
@@ -167,4 +206,7 @@ class OverlappingEngine(StepEngine, Protocol):
     """A StepEngine that takes a step while one is running."""
 
     def launch(self, plan: BatchPlan) -> RunningStep:
-        """Start a step behind the running one, if there is one. At most two may be unfinished."""
+        """Start a step behind the running one, if there is one. At most two may be unfinished.
+
+        Rows that draw late run, and have their draws launched by :meth:`RunningStep.draw_late`.
+        """

@@ -188,16 +188,15 @@ class Sequence:
         return adjust is not None and bool(adjust.grammar)
 
     def remaining(self, max_context: int) -> int:
-        """Tokens until the next limit: ``min_tokens``, ``max_tokens`` or the context.
+        """Tokens until the next limit: ``max_tokens`` or the context."""
+        return min(self.request.prompt_tokens + self.request.max_tokens, max_context) - self.length
 
-        End tokens are forbidden up to ``min_tokens``, so the same rules hold for all of these tokens.
-        """
-        adjust, early = self.request.sampling.adjust, self.request.max_tokens
-        if adjust is not None and self.generated < adjust.min_tokens:
-            early = adjust.min_tokens
-        return (
-            min(self.request.prompt_tokens + min(early, self.request.max_tokens), max_context) - self.length
-        )
+    def remaining_alike(self, max_context: int) -> int:
+        """Tokens for which the same rules hold: end tokens are forbidden up to ``min_tokens``."""
+        adjust, remaining = self.request.sampling.adjust, self.remaining(max_context)
+        if adjust is None or self.generated >= adjust.min_tokens:
+            return remaining
+        return min(remaining, adjust.min_tokens - self.generated)
 
     def hinted(self, page_tokens: int) -> int:
         """Tokens that the plan expects to be cached or fetched before it runs, in whole pages."""
@@ -292,8 +291,7 @@ class Sequence:
     def row(self, limit: int) -> Row:
         """The next row of at most ``limit`` tokens."""
         if self.flight is not None and self.flight.draws:
-            at, sampling = self.flight.end, self.request.sampling
-            return Row(pack([0]), at, self.pages, sampling, follows=self.flight.row)
+            return self._row_behind(self.flight)
         start = self.next_start
         stop = min(self.length, start + limit)
         assert start < stop, f"{self.key}: nothing to run"
@@ -307,19 +305,30 @@ class Sequence:
             score=None if (most := self.score_count) is None else self._score(most, start, stop),
         )
 
+    def _row_behind(self, flight: Flight) -> Row:
+        """The row behind one that draws its token."""
+        how = self.request.sampling
+        past = None if how.adjust is None else self._past(how.adjust, 1)
+        row = Row(pack([0]), flight.end, self.pages, how, past, follows=flight.row)
+        return attrs.evolve(row, ends=pack(self.request.stop_tokens)) if row.late else row
+
     def _score(self, most: int, start: int, stop: int) -> Score | None:
         """What a row from ``start`` to ``stop`` reports: prompt tokens only, see :attr:`score_count`."""
         follows = span(self.tokens, start + 1, stop + 1)
         return Score(follows, most) if follows else None
 
-    def _past(self, adjust: Adjustments) -> Past:
-        """Prompt and output so far, split at ``prompt_tokens``: a resumed request's ``tokens`` hold both."""
+    def _past(self, adjust: Adjustments, unknown: int = 0) -> Past:
+        """Prompt and output so far, split at ``prompt_tokens``: a resumed request's ``tokens`` hold both.
+
+        ``unknown``: tokens that will have been drawn before the row draws, and are not known yet.
+        """
         prompt, ends = self.request.prompt_tokens, self.request.stop_tokens
+        early = self.generated + unknown < adjust.min_tokens
         return Past(
             prompt=span(self.tokens, 0, prompt) if adjust.repetition != 1 else b"",
             output=span(self.tokens, prompt, self.length),
             allowed=adjust.allowed,
-            forbidden=pack(ends) if self.generated < adjust.min_tokens and not adjust.grammar else b"",
+            forbidden=pack(ends) if early and not adjust.grammar else b"",
         )
 
     @property

@@ -6,9 +6,10 @@ the running step draws are unknown then: a row of the next step names the row th
 fills in the token on the device. A stream that ends with that token has run one row too many, whose result is
 ignored; its pages are freed once that row has ended.
 
-A step may be followed in this way only if no stream's next row depends otherwise on what it draws: for
-penalties and grammars, the core must know the token. A draw that the engine cannot make on the device alone
-comes back as a void row, and is made again in a step that is not followed.
+Of a row with penalties or a grammar, only the draw depends on the token before it, not what it runs. The
+engine launches it like the others and draws late: once the token is known, and while the device runs the row.
+A draw that the engine cannot make on the device alone comes back as a void row, and is made again in a step
+that is not followed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from memserve.costs import Site, StepCosts
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
 from memserve.engine.drafting import Drafting
 from memserve.engine.load import StepWatch
-from memserve.engine.plans import BatchResult, Row
+from memserve.engine.plans import BatchResult
 from memserve.engine.sequence import Sequence
 from memserve.identity import ActorId
 
@@ -54,7 +55,7 @@ class Steps:
             return None
         batch = self.drafting.added(batch, costs)
         if self.settings.overlaps:
-            batch = attrs.evolve(batch, plan=attrs.evolve(batch.plan, followed=self._may_be_followed(batch)))
+            batch = attrs.evolve(batch, plan=attrs.evolve(batch.plan, followed=_may_be_followed(batch)))
         if self.idle:
             self.watch.began(costs, batch.plan, now)
         self._number += 1
@@ -106,11 +107,8 @@ class Steps:
         """Whether a sequence is decoded here after its present draw, unless that draw is an end token."""
         return one.plan.decode == self.me and one.remaining(self.settings.max_context) > 1
 
-    def _may_be_followed(self, batch: Batch) -> bool:
-        rows = zip(batch.sequences, batch.plan.rows, strict=True)
-        return not any(self._must_be_known(one, row) for one, row in rows)
 
-    def _must_be_known(self, one: Sequence, row: Row) -> bool:
-        """Whether the result of ``row`` must be known before the next step is launched."""
-        adjusted = row.sample is not None and row.sample.adjust is not None
-        return one.voided or row.score is not None or (adjusted and self._streams_on(one))
+def _may_be_followed(batch: Batch) -> bool:
+    """Whether another step may be launched before the result of this one is known."""
+    reports = any(row.score is not None for row in batch.plan.rows)
+    return not reports and not any(one.voided for one in batch.sequences)
