@@ -137,7 +137,7 @@ def resolve(config: Config, machine: Machine | None = None) -> Resolved:
         config=config,
         model_path=str(model_path),
         spec=spec,
-        max_context=config.model.max_context or spec.max_context,
+        max_context=config.model.max_context or most_context(config, spec),
         page_bytes=page_bytes,
         shard_pages={
             shard.name: gpu_pages(config, shard, gpus, weights, for_worker, page_bytes)
@@ -197,9 +197,10 @@ def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:
 
     A shard whose GPU was not found has no size and is skipped.
     """
-    asked, most = resolved.max_context, resolved.spec.max_context
+    asked, most = resolved.max_context, most_context(resolved.config, resolved.spec)
     if asked > most:
-        yield f"model.max_context must be at most {longest(resolved.spec)} ({most} tokens), not {asked}"
+        why = longest(resolved.config, resolved.spec)
+        yield f"model.max_context must be at most {why} ({most} tokens), not {asked}"
         return
     page_tokens = resolved.config.pool.page_tokens
     needed = pages_for(asked, page_tokens)
@@ -267,7 +268,7 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
     yield Reason("model", resolved.model_path, f"{spec.name}: {form}, {shape}")
     where = "once on each GPU, shared by its workers" if resolved.on_gpus else "mapped once for all workers"
     yield Reason("model.weights", size(weights), f"as {config.model.stored}, {where}")
-    why = "model.max_context" if config.model.max_context else longest(spec)
+    why = "model.max_context" if config.model.max_context else longest(config, spec)
     yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
     per_token = (
         f"{spec.layers} layers x 2 x {spec.kv_heads} heads x {spec.head_dim} values of {config.model.dtype}"
@@ -315,11 +316,16 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
         yield Reason("frontend.api_keys", "none", why)
 
 
-def longest(spec: ModelSpec) -> str:
+def most_context(config: Config, spec: ModelSpec) -> int:
+    """The longest context that can be served; on a GPU, where attention is full, the model's sliding window."""
+    return spec.full_context if any(shard.on_gpu for shard in config.shard) else spec.max_context
+
+
+def longest(config: Config, spec: ModelSpec) -> str:
     """What limits a model's context, in words."""
-    if spec.sliding_window is None:
+    if most_context(config, spec) == spec.max_context:
         return "what the model was trained for"
-    return "the model's sliding window, as attention here is full"
+    return "the model's sliding window, as attention on a GPU is full"
 
 
 def threads_why(asked: int | None, machine: Machine) -> str:
