@@ -37,7 +37,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import ModelFiles, default_cache_dir, map_bits, map_weights, prepare
-from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.cpu import attention_of
 from memserve.kernels.native import ArenaPages, open_step
 from memserve.tokens import pack, pages_for
 
@@ -62,7 +62,7 @@ def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
 
     def run(ids: list[int]) -> torch.Tensor:
         row, arena = _chunk(files, ids, model.dtype)
-        attention, plan = CpuAttention(arena, files.spec.heads), BatchPlan((row,))
+        attention, plan = attention_of(files.spec, arena), BatchPlan((row,))
         batch = attrs.evolve(BatchTensors.of(plan), wanted=torch.arange(len(ids)))
         with torch.inference_mode():
             return model.forward(batch, attention.plan(plan), attention)

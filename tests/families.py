@@ -35,8 +35,10 @@ YARN_ROPE = {
     "beta_fast": 8.0,
     "beta_slow": 2.0,
 }
-SCALED = {"llama3": "llama", "linear": "llama", "yarn": "qwen2"}
-"""The families of the models that are named after their rope."""
+SCALED = {"llama3": "llama", "linear": "llama", "yarn": "qwen2", "windows": "qwen3"}
+"""The families of the models that are named after their rope or their attention."""
+IN_GGUF = ("llama", "llama3", "linear", "yarn", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+"""The models that a GGUF file can hold: it cannot say that a window limits some of a Qwen's layers."""
 
 TINY = {
     "llama": {
@@ -48,9 +50,17 @@ TINY = {
     "llama3": {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
     "linear": {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": LINEAR_ROPE},
     "yarn": {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": YARN_ROPE},
-    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": 37},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
+    "windows": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
     "qwen3_moe": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -192,6 +202,8 @@ def _metadata(name: str, spec: ModelSpec, a: str) -> dict[str, Any]:
             scaling + "yarn_beta_slow": YARN_ROPE["beta_slow"],
         },
     }
+    if spec.architecture == "mistral":
+        scaled[name] = {f"{a}.attention.sliding_window": spec.sliding_window}
     if spec.experts:
         experts = {f"{a}.expert_count": spec.experts, f"{a}.expert_used_count": spec.experts_used}
         if a == "qwen3moe":

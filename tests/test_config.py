@@ -377,16 +377,6 @@ def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_mode
     )
 
 
-def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatch):
-    """A model with a sliding window is limited to it, and the reason says so."""
-    windowed = attrs.evolve(SPEC, sliding_window=2048)
-    monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
-    why = {one.key: one.why for one in resolve.resolve(configfile.load(written(MINIMAL)), MACHINE).reasons}
-    assert why["model.max_context"] == "the model's sliding window, as attention here is full"
-    with pytest.raises(ConfigError, match=r"sliding window, .* \(2048 tokens\), not 4096"):
-        resolve.resolve(configfile.load(written(MINIMAL), ["model.max_context=4096"]), MACHINE)
-
-
 def test_a_directory_is_checked_and_named(written, tmp_path):
     """A model directory with missing files is refused, with the names of all that are missing."""
     with pytest.raises(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import TINY, VOCAB, reference, save_gguf, save_hf
+from families import IN_GGUF, TINY, VOCAB, reference, save_gguf, save_hf
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec
@@ -78,10 +78,13 @@ def test_the_tiny_models_differ_as_they_should(load) -> None:
     factors = specs["llama3"].rope_factors
     assert factors is not None
     assert factors[0] == 1.0 and factors[-1] == 8.0 and any(1 < factor < 8 for factor in factors)
-    assert specs["mistral"].max_context == 512 and specs["mistral"].sliding_window is None
+    mistral, windows = specs["mistral"], specs["windows"]
+    assert mistral.max_context == 512 and mistral.sliding_window == 37 and mistral.local_layers == (0, 1)
+    assert windows.sliding_window == 20 and windows.local_layers == (1,)
+    assert specs["qwen3"].sliding_window is None and not specs["qwen3"].local_layers
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf_is_the_same_model(load, tmp_path: Path, name: str) -> None:
     """A model has the same weights and logits from GGUF as from its Hugging Face directory."""
     spec, weights = load(name)
@@ -90,6 +93,7 @@ def test_gguf_is_the_same_model(load, tmp_path: Path, name: str) -> None:
 
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[key], weights[key]) for key in weights)
+    assert files.spec.local_layers == spec.local_layers
     assert distance((files.spec, found), name, [0, 40, 41]) < 1e-4
 
 

@@ -237,6 +237,24 @@ def test_a_model_that_would_give_wrong_tokens_is_refused(
         read_spec(path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "window", "expected"),
+    [
+        ("llama", 100, (100, (0, 1), 128)),
+        ("llama", 128, (None, (), 128)),
+        ("qwen2", 100, (None, (), 100)),
+    ],
+)
+def test_a_window_limits_all_layers_or_the_context(
+    tmp_path: Path, architecture: str, window: int, expected: tuple[int | None, tuple[int, ...], int]
+) -> None:
+    """A file does not say which layers of a Qwen are local: up to the window, all attention is alike."""
+    metadata = {key.replace("llama", architecture, 1): value for key, value in LLAMA.items()}
+    metadata |= {"general.architecture": architecture, f"{architecture}.attention.sliding_window": window}
+    spec = read_spec(write_gguf(tmp_path / "m.gguf", metadata))
+    assert (spec.sliding_window, spec.local_layers, spec.max_context) == expected
+
+
 def test_every_token_that_ends_an_answer_is_known(tmp_path: Path) -> None:
     """A Llama 3 that ends its message with a call of a tool would go on, and make up the tool's result."""
     ends = {f"tokenizer.ggml.{name}_token_id": id for name, id in (("eos", 1), ("eot", 1), ("eom", 0))}

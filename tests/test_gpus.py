@@ -141,6 +141,19 @@ def test_an_old_gpu_and_a_model_of_other_heads_are_refused(decided, monkeypatch)
         decided(Gpus((H100,)))
 
 
+def test_a_sliding_window_limits_the_context_on_a_gpu_alone(decided, monkeypatch):
+    """FlashInfer computes full attention, which is right up to the window; CPUs serve the whole context."""
+    windowed = attrs.evolve(MODEL, sliding_window=512, local_layers=(0,))
+    monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
+    found = decided(Gpus((H100,)))
+    why = {one.key: one.why for one in found.reasons}
+    assert found.max_context == 512
+    assert why["model.max_context"] == "the model's sliding window, as attention on a GPU is full"
+    with pytest.raises(ConfigError, match=r"sliding window, .* \(512 tokens\), not 1024"):
+        decided(Gpus((H100,)), "model.max_context=1024")
+    assert decided(Gpus(), text='[model]\npath = "m.gguf"\n').max_context == 2048
+
+
 def test_two_shards_cannot_own_one_gpu(decided):
     """Two shards cannot be on one GPU."""
     text = ON_GPU + '[[shard]]\nname = "g1"\ndevice = "cuda:0"\n'

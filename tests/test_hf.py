@@ -25,6 +25,9 @@ from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
 from memserve.errors import UserError
 
+QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 100}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -169,22 +172,43 @@ def test_yarn_that_is_not_known_is_refused(folder: Path, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("keys", "context", "window"),
+    ("keys", "window", "local_layers"),
     [
-        ({"sliding_window": 100}, 100, 100),
-        ({"sliding_window": 4096}, 512, None),
-        ({"sliding_window": None}, 512, None),
-        ({"sliding_window": 100, "use_sliding_window": False}, 512, None),
-        ({"model_type": "llama", "sliding_window": 100}, 512, None),
-        ({"sliding_window": ..., "max_position_embeddings": 32768}, 4096, 4096),
+        ({"sliding_window": 100}, 100, (0, 1)),
+        ({"sliding_window": 4096}, None, ()),
+        ({"sliding_window": None}, None, ()),
+        ({"sliding_window": 100, "use_sliding_window": False}, None, ()),
+        ({"model_type": "llama", "sliding_window": 100}, None, ()),
+        ({"sliding_window": ..., "max_position_embeddings": 32768}, 4096, (0, 1)),
+        ({**QWEN, "use_sliding_window": False}, None, ()),
+        (QWEN, None, ()),
+        ({**QWEN, "max_window_layers": 0}, 100, (0, 1)),
+        ({**QWEN, "max_window_layers": 1}, 100, (1,)),
+        ({**QWEN, "layer_types": ["sliding_attention", "full_attention"]}, 100, (0,)),
+        ({**QWEN, "model_type": "qwen3_moe", **EXPERTS}, 100, (0, 1)),
     ],
 )
-def test_a_sliding_window_is_the_longest_context(
-    folder: Path, keys: dict[str, Any], context: int, window: int | None
+def test_a_sliding_window_limits_its_layers(
+    folder: Path, keys: dict[str, Any], window: int | None, local_layers: tuple[int, ...]
 ) -> None:
-    """A sliding window limits the context: attention here is full, and beyond it the model was not trained."""
+    """A window limits the layers that transformers limits, and not the context."""
     spec = read_spec(change(folder / "config.json", **keys))
-    assert (spec.max_context, spec.sliding_window) == (context, window)
+    assert (spec.sliding_window, spec.local_layers) == (window, local_layers)
+    assert spec.max_context == keys.get("max_position_embeddings", 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types must list the kinds of 2 layers"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "layer_types has 'chunked_attention'"),
+        ({"max_window_layers": "x"}, "max_window_layers must be an integer, got 'x'"),
+    ],
+)
+def test_windows_that_are_not_known_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+    """A model would run with other attention than it was trained for."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_spec(change(folder / "config.json", **QWEN, **changes))
 
 
 def test_a_tied_head_that_is_stored_is_not_served_twice(folder: Path, tmp_path: Path) -> None:

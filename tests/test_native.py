@@ -15,7 +15,7 @@ from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import bits_of, default_cache_dir, random_weights
-from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.cpu import attention_of
 from memserve.kernels.native import THREADS_MAX, ArenaPages, NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for, unpack
@@ -79,7 +79,7 @@ class Twin:
         exact = widened(self.weights)
         shape = (pages, *spec.page_shape(page_tokens))
         self.reference = Llama(spec, exact)
-        self.attention = CpuAttention(torch.full(shape, float("nan")), spec.heads)
+        self.attention = attention_of(spec, torch.full(shape, float("nan")))
         # NaN wherever nothing was written: a step that reads past a row's end gives NaN.
         self.arena = torch.full(shape, float("nan"), dtype=torch.bfloat16)
         self.arena_pages = pages_of(self.arena)

@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int LAYERS = 4, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
+constexpr int LAYERS = 4, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320,
+              WINDOW = 150;
 constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
 constexpr int EXPERTS = 20, EXPERTS_USED = 3;
 constexpr int SHARED = 256, SHARING = 5;  // SHARING sequences have their first SHARED positions in the same pages
@@ -50,12 +51,13 @@ struct Model {
         for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
         for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
         ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, page, MAX_ROWS, THREADS, amx,
-                            experts ? EXPERTS : 0, experts ? EXPERTS_USED : 0, false, 1e-5f};
+                            experts ? EXPERTS : 0, experts ? EXPERTS_USED : 0, false, WINDOW, 1e-5f};
         auto in_bfloat16 = [](const Buffer<bf16>& values) { return Matrix{values.data(), nullptr}; };
         ms_layer layer = {norm.data(), in_bfloat16(qkv), bias.data(), head_norm.data(), head_norm.data(),
                           in_bfloat16(o), norm.data(), experts ? in_bfloat16(router) : Matrix{}, in_bfloat16(gate_up),
-                          in_bfloat16(down)};
+                          in_bfloat16(down), false};
         std::vector<ms_layer> layers(LAYERS, layer);
+        layers[0].local = true;
         Matrix table = in_bfloat16(embed);
         engine = ms_open(&config, layers.data(), &table, &table, norm.data(), cosines.data(), sines.data());
     }

@@ -128,6 +128,8 @@ class CudaEngine:
         by ``close`` after the last use of both. ``shared``: the GPU's other users. ``captures``: capture steps
         of decode rows; otherwise they launch kernels one by one as other steps do.
         """
+        # All layers attend to all positions, which is right up to the length of a sliding window.
+        spec = attrs.evolve(spec, max_context=spec.full_context)
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
         self._device, dtype = arena.device, arena.dtype

@@ -102,6 +102,9 @@ MIXTRAL_EXPERTS: Mapping[str, Parts] = MappingProxyType(
 FUSED_EXPERTS = "experts.gate_up_proj"
 """End of the name of a tensor in which transformers holds the experts of a layer, but does not store them."""
 
+QWEN_WINDOW: Mapping[str, Any] = MappingProxyType({"sliding_window": 4096})
+"""The window of a Qwen whose config.json switches it on by ``use_sliding_window`` and does not say how long it is."""
+
 _LAYER_PREFIX: Mapping[Form, str] = MappingProxyType({"hf": "model.layers.{}.", "gguf": "blk.{}."})
 
 
@@ -124,6 +127,8 @@ class Family:
     """Values that transformers assumes for keys missing in config.json, where they differ from Llama's."""
     width: str = "intermediate_size"
     """The key of the MLP's width in config.json; of one expert's, if there are experts."""
+    window_from: int | None = None
+    """The first layer that a sliding window limits if config.json does not say so, or None if it limits all."""
     normed: str | None = None
     """The key of ``ModelSpec.experts_normed`` in config.json, or None if the experts' weights always are."""
 
@@ -168,13 +173,19 @@ FAMILIES = (
         gguf=None,  # converters write Mistral as llama
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True},
     ),
-    Family("qwen2", gguf="qwen2", layer={**LAYER, **QKV_BIAS}),
-    Family("qwen3", gguf="qwen3", layer={**LAYER, **QK_NORM}, defaults={"head_dim": 128}),
+    Family("qwen2", gguf="qwen2", layer={**LAYER, **QKV_BIAS}, defaults=QWEN_WINDOW, window_from=28),
+    Family(
+        "qwen3",
+        gguf="qwen3",
+        layer={**LAYER, **QK_NORM},
+        defaults={"head_dim": 128, **QWEN_WINDOW},
+        window_from=28,
+    ),
     Family(
         "qwen3_moe",
         gguf="qwen3moe",
         layer={**LAYER, **QK_NORM, **EXPERTS},
-        defaults={"num_key_value_heads": 4},
+        defaults={"num_key_value_heads": 4, **QWEN_WINDOW},
         width="moe_intermediate_size",
         normed="norm_topk_prob",
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from memserve.engine.families import family_of
+from memserve.engine.families import Family, family_of
 from memserve.engine.gguf import Gguf
 from memserve.engine.rope_scaling import Scaling, gguf_yarn, linear
 from memserve.engine.spec import Keys, ModelSpec, check_spec, name_of
@@ -49,7 +49,6 @@ def gguf_spec(file: Gguf) -> ModelSpec:
     head_dim = keys.count(f"{a}.attention.key_length", hidden // heads)
     context = keys.count(f"{a}.context_length")
     theta, scaling, context = _rope(file, keys, f"{a}.rope.", head_dim, context)
-    window = keys.count(f"{a}.attention.sliding_window", context)
     spec = ModelSpec(
         name=name_of(file.path),
         architecture=family.name,
@@ -62,7 +61,7 @@ def gguf_spec(file: Gguf) -> ModelSpec:
         vocab=keys.count(f"{a}.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
         rope_theta=theta,
         rms_eps=keys.number(f"{a}.attention.layer_norm_rms_epsilon", 1e-5),
-        max_context=min(context, window),
+        max_context=context,
         tied_embeddings=not set(family.tables["head"].gguf) <= file.tensors.keys(),
         bos=metadata.get("tokenizer.ggml.bos_token_id"),
         eos=_ends(metadata),
@@ -71,8 +70,8 @@ def gguf_spec(file: Gguf) -> ModelSpec:
         qk_norm=family.qk_norm,
         rope_factors=scaling.factors,
         rope_scale=scaling.scale,
-        sliding_window=window if window < context else None,
     )
+    spec = attrs.evolve(spec, **_windows(family, keys, f"{a}.", context))
     if family.experts:
         spec = _with_experts(spec, keys, f"{a}.expert_")
     else:
@@ -80,6 +79,20 @@ def gguf_spec(file: Gguf) -> ModelSpec:
     keys.must_be(f"{a}.rope.dimension_count", head_dim, "rope over part of a head is not supported")
     keys.must_be(f"{a}.attention.value_length", head_dim, "keys and values of unequal size are not supported")
     return check_spec(spec, source)
+
+
+def _windows(family: Family, keys: Keys, prefix: str, context: int) -> dict[str, Any]:
+    """The fields of the spec that a sliding window changes. ``context``: the longest.
+
+    Where the window may limit some layers only, the file does not say which: then the context is the window,
+    up to which all attention is alike.
+    """
+    window = keys.count(prefix + "attention.sliding_window", context)
+    if window >= context:
+        return {}
+    if family.window_from is not None or prefix + "attention.sliding_window_pattern" in keys.metadata:
+        return {"max_context": window}
+    return {"sliding_window": window, "local_layers": tuple(range(keys.count(prefix + "block_count")))}
 
 
 def _with_experts(spec: ModelSpec, keys: Keys, prefix: str) -> ModelSpec:

@@ -12,6 +12,7 @@ The files of the last two lines are optional. Key names are those of transformer
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,6 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
     head_dim = keys.count("head_dim", hidden // heads)
     context = keys.count("max_position_embeddings")
     theta, scaling, context = _rope(keys, head_dim, context)
-    slides = "sliding_window" in config and config.get("use_sliding_window", False)
-    window = keys.count("sliding_window") if slides else context
     bos, eos, template = _texts(folder, config)
     spec = ModelSpec(
         name=folder.name,
@@ -142,7 +141,7 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
         vocab=keys.count("vocab_size"),
         rope_theta=theta,
         rms_eps=keys.number("rms_norm_eps", 1e-6),
-        max_context=min(context, window),
+        max_context=context,
         tied_embeddings=_tied(family, config, weights),
         bos=bos,
         eos=eos,
@@ -151,10 +150,41 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
         qk_norm=family.qk_norm,
         rope_factors=scaling.factors,
         rope_scale=scaling.scale,
-        sliding_window=window if window < context else None,
+        **_windows(family, keys, context),
         **_experts(family, keys, weights),
     )
     return check_spec(spec, source)
+
+
+def _windows(family: Family, keys: Keys, context: int) -> dict[str, Any]:
+    """The fields of the spec that only a model with local layers has. ``context``: the longest."""
+    if "sliding_window" not in keys.metadata or not keys.flag("use_sliding_window", default=False):
+        return {}
+    layers = keys.count("num_hidden_layers")
+    local = tuple(range(layers))
+    if family.window_from is not None:
+        first = keys.metadata.get("max_window_layers", family.window_from)
+        if type(first) is not int:
+            raise UserError(f"{keys.source}: max_window_layers must be an integer, got {first!r}")
+        local = tuple(
+            _listed_local(keys, layers) if "layer_types" in keys.metadata else local[max(first, 0) :]
+        )
+    window = keys.count("sliding_window")
+    return {"sliding_window": window, "local_layers": local} if local and window < context else {}
+
+
+def _listed_local(keys: Keys, layers: int) -> Iterator[int]:
+    """The numbers of the local layers in ``layer_types``, which has the kind of each layer."""
+    kinds = keys.metadata["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"{keys.source}: layer_types must list the kinds of {layers} layers, got {kinds!r}")
+    for number, kind in enumerate(kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(
+                f"{keys.source}: layer_types has {kind!r}, expected full_attention or sliding_attention"
+            )
+        if kind == "sliding_attention":
+            yield number
 
 
 def _refuse_variants(keys: Keys) -> None:

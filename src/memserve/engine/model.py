@@ -1,9 +1,10 @@
 """The forward pass of Llama and its relatives, in one file: token ids and paged KV in, logits out.
 
 Written from the architecture's description (Touvron et al., 2023). What a family adds to it (biases, norms of
-q and k) is in the spec's features. The tests compare it with transformers' models. One forward pass serves
-CPUs and GPUs; only the attention backend and the :class:`~memserve.engine.ops.Ops` differ. The weights come
-from :mod:`memserve.engine.weights`; nothing here owns them.
+q and k) is in the spec's features; sliding windows are the attention backend's. The tests compare it with
+transformers' models. One forward pass serves CPUs and GPUs; only the attention backend and the
+:class:`~memserve.engine.ops.Ops` differ. The weights come from :mod:`memserve.engine.weights`; nothing here
+owns them.
 """
 
 from __future__ import annotations

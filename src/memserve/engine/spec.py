@@ -45,7 +45,7 @@ class ModelSpec:
     rope_theta: float
     rms_eps: float
     max_context: int
-    """Longest context in tokens that is served: the model's own, or its sliding window if that is shorter."""
+    """Longest context in tokens."""
     tied_embeddings: bool
     """Whether the output head is the embedding table."""
     bos: int | None
@@ -62,10 +62,12 @@ class ModelSpec:
     rope_scale: float = 1.0
     """Multiplies rope's cosines and sines: YaRN's attention factor."""
     sliding_window: int | None = None
-    """Tokens that the model's own attention reaches back, or None if it reaches all.
+    """Positions that a token of a local layer attends to: the last ones, its own included.
 
-    Attention here is full, so ``max_context`` is at most this.
+    None if there are no local layers. Shorter than ``max_context``.
     """
+    local_layers: tuple[int, ...] = ()
+    """The numbers of the layers whose attention is limited to the sliding window, ascending."""
     experts: int = 0
     """Number of experts in each layer's MLP, or 0 for an MLP that all tokens run through.
 
@@ -75,6 +77,11 @@ class ModelSpec:
     """Number of experts that a token runs through: those with the greatest router logits."""
     experts_normed: bool = True
     """Whether the weights of a token's experts, a softmax over all experts, are divided by their sum."""
+
+    @property
+    def full_context(self) -> int:
+        """Longest context in which every token of every layer attends to all tokens before it."""
+        return min(self.max_context, self.sliding_window or self.max_context)
 
     @property
     def mlps(self) -> int:

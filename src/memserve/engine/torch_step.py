@@ -14,7 +14,7 @@ from memserve.engine.plans import BatchPlan
 from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import Bits, in_rows, tensors_of
-from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.cpu import attention_of
 from memserve.kernels.native import ArenaPages
 from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE
 from memserve.tokens import pack
@@ -25,7 +25,7 @@ class TorchStep:
 
     def __init__(self, spec: ModelSpec, weights: Bits, dtype: str) -> None:
         """``weights``: matrices as rows, or in tiles, which are copied to rows. ``dtype``: of the run."""
-        self._heads, self._dtype = spec.heads, getattr(torch, dtype)
+        self._spec, self._dtype = spec, getattr(torch, dtype)
         self._model = Llama(spec, tensors_of(in_rows(weights, spec)), self._dtype)
 
     def step(
@@ -33,7 +33,7 @@ class TorchStep:
     ) -> tuple[list[bytes], list[Logprobs | None], dict[int, PromptLogprobs]]:
         """One draw and its report per sampled row, drafts ignored; prompt log probabilities by row number."""
         torch.set_num_threads(threads)
-        attention = CpuAttention(torch.from_numpy(pages.memory).view(self._dtype), self._heads)
+        attention = attention_of(self._spec, torch.from_numpy(pages.memory).view(self._dtype))
         rows = [row for row in plan.rows if row.sample is not None]
         settings = [row.sample for row in rows if row.sample is not None]
         with torch.inference_mode():

@@ -17,7 +17,7 @@ class AttentionBackend(Protocol[Plan]):
 
     The arena is ``(pages, layers, 2, kv_heads, page_tokens, head_dim)``, K before V. Tokens of a batch are
     numbered in the order of its rows; a row's tokens attend to their own and all earlier positions of the
-    same row, and to nothing else.
+    same row, in local layers to the last of them, and to nothing else.
     """
 
     def plan(self, batch: BatchPlan) -> Plan:

@@ -186,6 +186,8 @@ class Shape:
 class FlashInferAttention:
     """Attention on the pages of one arena on one GPU; see :class:`~memserve.kernels.AttentionBackend`.
 
+    It is full in every layer, so no row may be longer than the model's sliding window.
+
     :meth:`run` launches kernels and returns; the arena and a plan's arrays must live until they have run.
     """
 

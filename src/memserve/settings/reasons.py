@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from memserve.config import Reason, Resolved
+from memserve.config import Config, Reason, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.settings.machine import Machine
 from memserve.settings.rules import size_text
@@ -31,7 +31,7 @@ def _of_model(resolved: Resolved, weights: int) -> Iterator[Reason]:
     yield Reason("model", resolved.model_path, f"{spec.name}: {form}, {shape}")
     where = "once on each GPU, shared by its workers" if resolved.on_gpus else "mapped once for all workers"
     yield Reason("model.weights", size_text(weights), f"as {config.model.stored}, {where}")
-    why = "model.max_context" if config.model.max_context else context_limit(spec)
+    why = "model.max_context" if config.model.max_context else context_limit(config, spec)
     yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
     per_token = (
         f"{spec.layers} layers x 2 x {spec.kv_heads} heads x {spec.head_dim} values of {config.model.dtype}"
@@ -87,11 +87,16 @@ def _of_access(resolved: Resolved) -> Iterator[Reason]:
         yield Reason("frontend.api_keys", "none", why)
 
 
-def context_limit(spec: ModelSpec) -> str:
+def most_context(config: Config, spec: ModelSpec) -> int:
+    """The longest context that can be served; on a GPU, where attention is full, the model's sliding window."""
+    return spec.full_context if any(shard.on_gpu for shard in config.shard) else spec.max_context
+
+
+def context_limit(config: Config, spec: ModelSpec) -> str:
     """What limits a model's context, in words."""
-    if spec.sliding_window is None:
+    if most_context(config, spec) == spec.max_context:
         return "what the model was trained for"
-    return "the model's sliding window, as attention here is full"
+    return "the model's sliding window, as attention on a GPU is full"
 
 
 def _threads_why(asked: int | None, machine: Machine) -> str:

@@ -17,7 +17,7 @@ from memserve.settings.gpu_room import gpu_pages, gpu_problems, worker_bytes
 from memserve.settings.gpus import Gpus
 from memserve.settings.machine import Machine
 from memserve.settings.network import find_network
-from memserve.settings.reasons import context_limit, reasons
+from memserve.settings.reasons import context_limit, most_context, reasons
 from memserve.settings.rules import expanded, size_text
 from memserve.tokens import pages_for
 
@@ -68,7 +68,7 @@ def decide(
         config=config,
         model_path=str(model_path),
         spec=spec,
-        max_context=config.model.max_context or spec.max_context,
+        max_context=config.model.max_context or most_context(config, spec),
         page_bytes=page_bytes,
         shard_pages={
             shard.name: gpu_pages(config, shard, gpus, weights, for_worker, page_bytes)
@@ -113,9 +113,10 @@ def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:
 
     A shard whose GPU was not found has no size and is skipped.
     """
-    asked, most = resolved.max_context, resolved.spec.max_context
+    asked, most = resolved.max_context, most_context(resolved.config, resolved.spec)
     if asked > most:
-        yield f"model.max_context must be at most {context_limit(resolved.spec)} ({most} tokens), not {asked}"
+        why = context_limit(resolved.config, resolved.spec)
+        yield f"model.max_context must be at most {why} ({most} tokens), not {asked}"
         return
     page_tokens = resolved.config.pool.page_tokens
     needed = pages_for(asked, page_tokens)

@@ -66,7 +66,7 @@ class _Config(Structure):
             (name, c_int32)
             for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")
         ),
-        *((name, c_int32) for name in ("experts", "experts_used", "experts_normed")),
+        *((name, c_int32) for name in ("experts", "experts_used", "experts_normed", "window")),
         ("rms_eps", c_float),
     ]
 
@@ -84,7 +84,10 @@ _OPTIONAL = {"router": "experts", "qkv_bias": "qkv_bias", "q_norm": "qk_norm", "
 
 
 class _Layer(Structure):
-    _fields_ = [(name, _Matrix if name in _MATRICES else c_void_p) for name in _LAYER_FIELDS]
+    _fields_ = [
+        *((name, _Matrix if name in _MATRICES else c_void_p) for name in _LAYER_FIELDS),
+        ("local", c_int32),
+    ]
 
 
 _Crew = CFUNCTYPE(c_int32, c_int32)
@@ -237,13 +240,18 @@ class NativeStep:
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
             spec.vocab, spec.max_context, page_tokens, MAX_ROWS, self._threads, amx,
-            spec.experts, spec.experts_used, spec.experts_normed, spec.rms_eps,
+            spec.experts, spec.experts_used, spec.experts_normed, spec.sliding_window or 0, spec.rms_eps,
         )  # fmt: skip
         # A field without a value stays a null pointer, which means that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
         names = [name for name in _LAYER_FIELDS if name not in absent]
         layers = (_Layer * spec.layers)(
-            *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
+            *(
+                _Layer(
+                    **{name: self._at(f"{layer}.{name}") for name in names}, local=layer in spec.local_layers
+                )
+                for layer in range(spec.layers)
+            )
         )
         embed, head = self._at("embed"), self._at("embed" if spec.tied_embeddings else "head")
         tables = [address_of(table) for table in self._rope]

@@ -26,7 +26,7 @@ struct AmxAttention {
     Buffer<bf16> queries;    // (units, head_dim / 32) tiles: pairs of values
     Buffer<bf16> weights;    // (units, PART / GROUP) tiles: pairs of tokens
     Buffer<float> results;   // (units, head_dim + 2, TILE) over the parts so far: sums of V, then TOTAL and MOST
-    Buffer<int32_t> counts;  // (units, TILE) for the current part
+    Buffer<int32_t> froms, counts;  // (units, TILE) for the current part
     Buffer<float> most;      // (units, TILE) for the current part
     // For one part or one unit:
     Buffer<bf16> keys;    // (PART / TILE, head_dim / 32) tiles
@@ -39,7 +39,7 @@ struct AmxAttention {
         queries.resize(columns * head_dim);
         weights.resize(columns * PART);
         results.resize(columns * (head_dim + 2));
-        counts.resize(columns);
+        froms.resize(columns), counts.resize(columns);
         most.resize(columns);
         keys.resize((size_t)head_dim * PART);
         values.assign((size_t)(head_dim + TILE) * PART, ONE);
@@ -166,21 +166,30 @@ inline void amx_values(const bf16*, const bf16*, int, float*) {}
 
 #endif
 
-// Turns scores into weights, like softmax(), with one query per lane. ALL: every query attends to all `tokens`.
-template <bool ALL>
-inline void weigh_unit(const float* scores, const int32_t* counts, int tokens, float factor, float* most, bf16* weights) {
-    const __m512i count = _mm512_loadu_si512(counts);
+// What the queries of a unit attend to of a part: all of it, the positions before their counts, or those from a window's
+// begin on.
+enum class Reach { ALL, COUNTS, WINDOWS };
+
+// Turns scores into weights, like softmax(), with one query per lane.
+template <Reach REACH>
+inline void weigh_unit(const float* scores, const int32_t* froms, const int32_t* counts, int tokens, float factor,
+                       float* most, bf16* weights) {
+    const __m512i from = _mm512_loadu_si512(froms), count = _mm512_loadu_si512(counts);
     const Floats scale = every(factor), none = every(-INFINITY);
     // `value` for the queries that attend to token t, `other` for the rest.
     auto own = [&](int t, Floats value, Floats other) {
-        if (ALL) return value;
-        return Floats{_mm512_mask_mov_ps(other.v, _mm512_cmpgt_epi32_mask(count, _mm512_set1_epi32(t)), value.v)};
+        if (REACH == Reach::ALL) return value;
+        const __m512i at = _mm512_set1_epi32(t);
+        __mmask16 mine = _mm512_cmpgt_epi32_mask(count, at);
+        if (REACH == Reach::WINDOWS) mine = _mm512_mask_cmple_epi32_mask(mine, from, at);
+        return Floats{_mm512_mask_mov_ps(other.v, mine, value.v)};
     };
     Floats largest[4] = {none, none, none, none};
     for (int t = 0; t < tokens; t += 4)
         for (int i = 0; i < 4; i++)
             largest[i] = larger(largest[i], own(t + i, load(scores + (t + i) * TILE), none));
     Floats maximum = scale * larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+    if (REACH == Reach::WINDOWS) maximum = larger(maximum, every(UNSEEN));
     store(most, maximum);
     auto weight = [&](int t) {
         return own(t, weight_of(fms(load(scores + t * TILE), scale, maximum)), every(0.f));
@@ -195,12 +204,12 @@ inline void weigh_unit(const float* scores, const int32_t* counts, int tokens, f
 inline void weigh_unit(int unit, int tokens, int head_dim, AmxAttention& mine) {
     const bf16 *keys = mine.keys.data(), *queries = &mine.queries[(size_t)unit * TILE * head_dim];
     float *scores = mine.scores.data(), *most = &mine.most[unit * TILE];
-    const int32_t* counts = &mine.counts[unit * TILE];
+    const int32_t *froms = &mine.froms[unit * TILE], *counts = &mine.counts[unit * TILE];
     bf16* weights = &mine.weights[(size_t)unit * TILE * PART];
     amx_scores(keys, queries, tokens, head_dim, scores);
-    bool all = *std::min_element(counts, counts + TILE) >= tokens;
-    auto weigh = all ? weigh_unit<true> : weigh_unit<false>;
-    weigh(scores, counts, tokens, scale_of(head_dim), most, weights);
+    bool all = *std::min_element(counts, counts + TILE) >= tokens, begins = *std::max_element(froms, froms + TILE) > 0;
+    auto weigh = begins ? weigh_unit<Reach::WINDOWS> : all ? weigh_unit<Reach::ALL> : weigh_unit<Reach::COUNTS>;
+    weigh(scores, froms, counts, tokens, scale_of(head_dim), most, weights);
 }
 
 // Adds a part's results to a unit's results so far, like merge().
@@ -255,7 +264,10 @@ inline void attend_units(const Query* queries, int number, const Keys& keys, int
     if (keys.first) rearrange_queries(queries, number, head_dim, mine);
     copy_keys(keys, head_dim, mine);
     transpose_values(keys, head_dim, mine);
-    for (int n = 0; n < whole_tiles(number); n++) mine.counts[n] = n < number ? queries[n].count : 0;
+    for (int n = 0; n < whole_tiles(number); n++) {
+        mine.froms[n] = n < number ? queries[n].from : 0;
+        mine.counts[n] = n < number ? queries[n].count : 0;
+    }
     auto tokens = [&](int unit) {
         return whole_groups(queries[std::min((unit + 1) * TILE, number) - 1].count);  // the last query's is largest
     };
@@ -296,12 +308,18 @@ inline void pair_values(const Keys& keys, int head_dim, AmxAttention& mine) {
 }
 
 // Turns one query's scores into weights, like softmax(); returns the maximum times factor.
-inline float weigh(const float* scores, int count, float factor, bf16* weights) {
+inline float weigh(float* scores, int from, int count, float factor, bf16* weights) {
+    if (from >= count) {
+        std::fill(weights, weights + whole_groups(count), (bf16)0);
+        return UNSEEN;
+    }
+    std::fill(scores, scores + from, -INFINITY);
     Floats most = every(-INFINITY);
     for (int t = 0; t < count; t += TILE) most = larger(most, load_first(scores + t, count - t, -INFINITY));
     const Floats scale = every(factor), maximum = every(factor * largest(most));
     auto weight = [&](int t) {
-        return keep_first(weight_of(fms(load(scores + t), scale, maximum)), std::max(count - t, 0));
+        Floats weight = keep_first(weight_of(fms(load(scores + t), scale, maximum)), std::max(count - t, 0));
+        return from_on(weight, t, from);
     };
     for (int t = 0; t < count; t += GROUP) _mm512_store_si512(weights + t, pair_of(weight(t), weight(t + TILE)));
     return first(maximum);
@@ -324,7 +342,7 @@ inline void attend_in_place(const Query* queries, int number, const Keys& keys, 
     int tokens = whole_groups(keys.count), size = result_size(head_dim);
     for (int n = 0; n < number; n++) {
         bf16* weights = &mine.weights[n * PART];
-        mine.most[n] = weigh(&mine.scores[n * PART], queries[n].count, scale_of(head_dim), weights);
+        mine.most[n] = weigh(&mine.scores[n * PART], queries[n].from, queries[n].count, scale_of(head_dim), weights);
         std::fill(weights + whole_groups(queries[n].count), weights + tokens, (bf16)0);
     }
     const bf16 *weights = mine.weights.data(), *values = mine.values.data();

@@ -125,7 +125,8 @@ inline void attend(const Query* queries, int number, const Keys& keys, int head_
             });
         }
         for (int n = 0; n < here; n++)
-            softmax(weights + n * PART, queries[n].count, most, factor, outs + n * size + head_dim, weights + n * PART);
+            softmax(weights + n * PART, queries[n].from, queries[n].count, most, factor, outs + n * size + head_dim,
+                    weights + n * PART);
         parts_of_queries(here, [&](int n, auto N) {
             weigh<N.value>(weights + n * PART, keys, most, head_dim, outs + n * size, [&](int i) {
                 if (!done && !n) ahead(steps + i, all);

@@ -123,7 +123,8 @@ inline void attend_queries(const Query* queries, int padded, int head_dim, const
     }
     float factor = 1.44269504f / std::sqrt((float)head_dim);
     for (int n = 0; n < N; n++)
-        softmax(&mine.scores[n * PART], queries[n].count, padded, factor, outs + n * size + head_dim, &mine.weights[n * PART]);
+        softmax(&mine.scores[n * PART], queries[n].from, queries[n].count, padded, factor, outs + n * size + head_dim,
+                &mine.weights[n * PART]);
     const TokenPairs tokens = {keys};
     for (int d = 0; d < head_dim; d += STRIP) {
         const int width = std::min(STRIP, head_dim - d);

@@ -30,13 +30,17 @@ struct Keys {
     bool tiles, first, last;
 };
 
-// One query's share of a task: it attends to `count` positions of a part. Its result is at `out` after the last part,
-// and may be elsewhere before.
+// One query's share of a task: it attends to positions [from, count) of a part. Its result is at `out` after the last
+// part, and may be elsewhere before. With a sliding window, a part may lie before all that a query attends to.
 struct Query {
     const Operand* q;
-    int count;
+    int from, count;
     float* out;
 };
+
+// The maximum of a query that attends to nothing of a part, whose sums are zeros. It is below that of every other part,
+// so that merging leaves the bits of that part's result.
+constexpr float UNSEEN = -1e30f;
 
 // Cache lines to prefetch, in runs of equal length. Memory serves many such requests at a time, and the address of
 // each of the system's pages is translated once.
@@ -55,9 +59,20 @@ struct Upcoming {
     }
 };
 
-// Turns the scores of `count` positions into weights 2^(factor (score - maximum)), with zeros up to `padded`. Writes
-// TOTAL and MOST, the maximum times factor, to `beside`. Weights may overwrite the scores if both have one type.
-inline void softmax(const float* scores, int count, int padded, float factor, float* beside, Operand* weights) {
+// A vector of weights of positions from i on, with zeros before position `from`.
+inline Floats from_on(Floats weight, int i, int from) { return i < from ? weight - keep_first(weight, from - i) : weight; }
+
+// Turns the scores of positions [from, count) into weights 2^(factor (score - maximum)), with zeros before and up to
+// `padded`. Writes TOTAL and MOST, the maximum times factor, to `beside`. Overwrites the scores before `from`; weights
+// may overwrite the others if both have one type.
+inline void softmax(float* scores, int from, int count, int padded, float factor, float* beside, Operand* weights) {
+    if (from >= count) {
+        for (int i = 0; i < padded; i += 16) store(weights + i, every(0.f));
+        store(beside, every(0.f));
+        beside[MOST] = UNSEEN;
+        return;
+    }
+    std::fill(scores, scores + from, -INFINITY);
     const Floats scale = every(factor);
     Floats most = every(-INFINITY), total = every(0.f);
     for (int i = 0; i < count; i += 16) most = larger(most, load_first(scores + i, count - i, -INFINITY));
@@ -65,6 +80,7 @@ inline void softmax(const float* scores, int count, int padded, float factor, fl
     int i = 0;
     for (; i < count; i += 16) {
         Floats weight = keep_first(weight_of(fms(load(scores + i), scale, maximum)), count - i);
+        weight = from_on(weight, i, from);
         store(weights + i, weight);
         total = total + weight;
     }

@@ -26,7 +26,9 @@ struct Attend {
 };
 
 struct Cut {
+    int window;                   // positions that attention reaches, the row's own included, or 0 for all
     int block_rows, blocks;       // rows per block, and blocks; the last block may be smaller
+    std::vector<int> first_of;    // (rows,) the first part that each row attends to
     std::vector<int> part_at;     // (rows + 1,) index of each row's first kept part
     std::vector<Attend> attends;  // attention tasks of a layer
     std::vector<int> attend_at;   // (blocks + 1,) index of each block's first task
@@ -37,8 +39,12 @@ struct Cut {
 
     static int most_blocks(int max_rows) { return max_rows / BLOCK_MIN + 1; }
 
-    // `together`: a task of one row may cover all kv heads, and continue from the results of common tasks.
-    void make(const ms_batch& b, int kv_heads, int page_tokens, bool together) {
+    // `together`: a task of one row may cover all kv heads, and continue from the results of common tasks. `reach`:
+    // the window.
+    void make(const ms_batch& b, int kv_heads, int page_tokens, bool together, int reach) {
+        window = reach;
+        first_of.clear();
+        for (int row = 0; row < b.rows; row++) first_of.push_back(begin_of(b.positions[row]) / PART);
         cut_rows(b);
         cut_attention(b, kv_heads);
         common.assign(b.rows, 0), commons.clear();
@@ -47,8 +53,11 @@ struct Cut {
         cut_heads(b, kv_heads, together);
         part_at.assign(1, 0);
         for (int row = 0; row < b.rows; row++)
-            part_at.push_back(part_at.back() + (whole ? common[row] : b.positions[row] / PART + 1));
+            part_at.push_back(part_at.back() + std::max((whole ? common[row] : b.positions[row] / PART + 1) - first_of[row], 0));
     }
+
+    // The first position that the row at `position` attends to.
+    int begin_of(int position) const { return window ? std::max(position + 1 - window, 0) : 0; }
 
     // Cuts rows into blocks: one per thread if that leaves enough rows for each.
     void cut_rows(const ms_batch& b) {
@@ -67,7 +76,7 @@ struct Cut {
             int end = std::min((block + 1) * block_rows, b.rows);
             for (int row = block * block_rows, rows; row < end; row += rows) {
                 rows = chunk(b, row, std::min(end, row + chunk_rows));
-                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1, 0, kv_heads, false});
+                attends.push_back({row, rows, first_of[row], b.positions[row + rows - 1] / PART + 1, 0, kv_heads, false});
             }
         }
         attend_at.push_back((int)attends.size());
@@ -100,11 +109,14 @@ struct Cut {
                 for (end = first; end < alike.size() && alike[end] > part;) end++;
                 if (end++ == first) continue;
                 for (size_t i = first; i < end; i++) common[order[i]] = part + 1;
+                // A part before all of their windows is covered without a task.
+                if (std::all_of(&order[first], &order[first] + (end - first), [&](int row) { return first_of[row] > part; }))
+                    continue;
                 for (int kv = 0; kv < kv_heads; kv++)
                     commons.push_back({(int)first, (int)(end - first), part, part + 1, kv, kv + 1, true});
             }
         for (Attend& task : attends)
-            if (task.rows == 1) task.part = common[task.row];
+            if (task.rows == 1) task.part = std::max(common[task.row], first_of[task.row]);
     }
 
     // Number of rows from `row` on, before `end`, that are consecutive positions of one sequence.

@@ -9,6 +9,7 @@ extern "C" struct ms_config {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
     int32_t max_rows, max_threads, amx;  // amx: use it if available
     int32_t experts, experts_used, experts_normed;  // 0 experts: all rows run through one MLP
+    int32_t window;  // positions that a local layer's attention reaches, the row's own included
     float rms_eps;
 };
 
@@ -20,6 +21,7 @@ extern "C" struct ms_layer {
     const float* mlp_norm;
     Matrix router;         // (experts, hidden), or null
     Matrix gate_up, down;  // those of all experts, one after another
+    int32_t local;         // whether its attention is limited to the window
 };
 
 extern "C" struct ms_batch {
@@ -46,6 +48,7 @@ inline bool possible(const ms_config& c) {
     for (int width : {c.hidden, c.intermediate, c.head_dim})
         if (width < 32 || width % 32) return false;
     if (c.experts < 0 || (c.experts && (c.experts_used < 1 || c.experts_used > c.experts))) return false;
+    if (c.window < 0) return false;
     return c.layers > 0 && c.head_dim <= HEAD_MAX && c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0 &&
            c.vocab > 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
            c.max_threads > 0 && c.max_threads <= THREADS_MAX;

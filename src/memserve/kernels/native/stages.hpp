@@ -10,12 +10,16 @@ struct Stages {
     ms_config c;
     std::vector<ms_layer> layers;
     ms_batch b{};
-    Cut cut;
+    Cut cut;            // of all layers but the local ones
+    Cut local;          // of the local ones, if `slides`
+    bool slides = false;  // whether a row of the step reaches beyond the window
     Buffer<float> residual;  // (max_rows, hidden)
     Buffer<Operand> hidden;  // (max_rows, or places of experts, intermediate) in tiles
     Buffer<Operand> shared;  // (max_rows, widest input) in tiles: a linear's input when rows are many
     std::vector<Scratch> scratch;
     std::vector<Word> counters;  // tasks taken, per block of each stage of a step
+
+    const Cut& cut_of(int layer) const { return slides && layers[layer].local ? local : cut; }
 
     // Runs task(block, i) for every i below count(block), each on whichever thread takes it first; threads start with
     // their own blocks. So a thread that lost its core for a while takes fewer. All threads must pass the same stages

@@ -5,7 +5,8 @@
 // workers of a host share, in the order in which they are stored (tiles.hpp).
 //
 // Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
-// positions. So a decode row and a prefill chunk are the same thing, and chunks need no mask.
+// positions, in a local layer to the last of them: its window. So a decode row and a prefill chunk are the same thing,
+// and chunks need no mask. Parts before the windows of all rows of a task are not read.
 //
 // A row's results depend on its sequence alone, bit for bit: not on the other rows, on how its prompt was cut into
 // chunks, on which pages it has, nor on the threads. Every sum is taken in one order (see linear.hpp and
@@ -96,16 +97,16 @@ struct Engine : Experts {
     }
 
     // Whether a task's results are kept in `parts` for others to continue from, as those of single parts are.
-    bool kept(const Attend& task) const { return task.common || !cut.whole; }
+    static bool kept(const Cut& cut, const Attend& task) { return task.common || !cut.whole; }
 
     // The i-th row of a task.
-    int row_of(const Attend& task, int i) const { return task.common ? cut.order[task.row + i] : task.row + i; }
+    static int row_of(const Cut& cut, const Attend& task, int i) { return task.common ? cut.order[task.row + i] : task.row + i; }
 
     // Runs a task's queries. Results go to the input of the next linear or, if they are kept, to `parts`. `next`: the
     // task that the thread will probably take next, if any.
     void attend_task(int layer, const Attend& task, const Attend* next, Scratch& mine) {
         int heads = task.kv_end - task.kv;
-        find_queries(task, mine);
+        find_queries(cut_of(layer), task, mine);
         if (mine.fetched != &task) {
             find_lines(layer, task, task.part, mine.upcoming);
             mine.upcoming.fetch(0, 1);
@@ -119,7 +120,7 @@ struct Engine : Experts {
                             [&](int share, int shares) { mine.upcoming.fetch(share + head * shares, shares * heads); });
         }
         mine.fetched = next;
-        if (kept(task)) return;
+        if (kept(cut_of(layer), task)) return;
         const Query* query = mine.queries.data();
         for (int kv = task.kv; kv < task.kv_end; kv++)
             for (int row = task.row; row < task.row + task.rows; row++) {
@@ -130,35 +131,39 @@ struct Engine : Experts {
     }
 
     // Collects a task's queries, by kv head and row. Kept results go to `parts`, or nowhere for queries that do not
-    // attend to the part. Other results start from what common tasks found.
-    void find_queries(const Attend& task, Scratch& mine) {
+    // attend to the part; those whose windows begin behind it leave them in `sums`. Other results start from what common
+    // tasks found.
+    void find_queries(const Cut& cut, const Attend& task, Scratch& mine) {
         int G = group(), size = result_size(c.head_dim);
         mine.queries.clear();
         for (int kv = task.kv; kv < task.kv_end; kv++)
             for (int i = 0; i < task.rows; i++) {
-                int row = row_of(task, i);
-                long part = cut.part_at[row] + task.part, head = kv * G;
+                int row = row_of(cut, task, i);
+                long part = cut.part_at[row] + task.part - cut.first_of[row], head = kv * G;
                 float* out = &mine.sums[mine.queries.size() * size];
-                if (kept(task)) out = part < cut.part_at[row + 1] ? &parts[(part * c.heads + head) * size] : nullptr;
-                else for (int g = 0; g < G; g++) merge_parts(row, kv * G + g, out + g * size);
+                if (!kept(cut, task)) for (int g = 0; g < G; g++) merge_parts(cut, row, kv * G + g, out + g * size);
+                else if (part >= cut.part_at[row + 1]) out = nullptr;
+                else if (part >= cut.part_at[row]) out = &parts[(part * c.heads + head) * size];
                 for (int g = 0; g < G; g++)
-                    mine.queries.push_back({&q[((long)row * c.heads + head + g) * c.head_dim], 0, out ? out + g * size : out});
+                    mine.queries.push_back({&q[((long)row * c.heads + head + g) * c.head_dim], 0, 0, out ? out + g * size : out});
             }
     }
 
     // Runs a task's queries of one kv head against one part; ahead(share, shares) prefetches what comes next.
     template <class Ahead>
     void attend_part(int layer, const Attend& task, int part, int kv, Scratch& mine, Ahead ahead) {
+        const Cut& cut = cut_of(layer);
         int G = group(), first = part * PART, number = task.rows * G;
         const bf16* keys[PART];
-        int count = find_keys(layer, row_of(task, task.rows - 1), first, kv, keys);
+        int count = find_keys(layer, row_of(cut, task, task.rows - 1), first, kv, keys);
         Query* queries = &mine.queries[(kv - task.kv) * number];
         for (int i = 0, n = 0; i < task.rows; i++) {
-            int here = std::clamp(b.positions[row_of(task, i)] + 1 - first, 0, PART);
-            for (int g = 0; g < G; g++) queries[n++].count = here;
+            int position = b.positions[row_of(cut, task, i)];
+            int from = std::clamp(cut.begin_of(position) - first, 0, PART), here = std::clamp(position + 1 - first, 0, PART);
+            for (int g = 0; g < G; g++, n++) queries[n].from = from, queries[n].count = here;
         }
         Keys all = {keys, count, (long)c.kv_heads * c.page_tokens * c.head_dim, c.page_tokens % TILE == 0,
-                    kept(task) ? part == task.part : part == 0, part == task.end - 1};
+                    part == (kept(cut, task) ? task.part : cut.first_of[task.row]), part == task.end - 1};
         attend(queries, number, all, c.head_dim, mine.attention, ahead);
     }
 
@@ -175,7 +180,7 @@ struct Engine : Experts {
 
     // Finds the K and V of a task's part, in memory order.
     void find_lines(int layer, const Attend& task, int part, Upcoming& to) {
-        int row = row_of(task, task.rows - 1), first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
+        int row = row_of(cut_of(layer), task, task.rows - 1), first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
         int tokens = std::min(c.page_tokens, PART), start = tokens < PART ? 0 : first % c.page_tokens;
         to.runs.clear(), to.length = tokens * c.head_dim * (int)sizeof(bf16) / 64, to.next = 0;
         for (int page = first / c.page_tokens; page <= last / c.page_tokens; page++)
@@ -185,15 +190,15 @@ struct Engine : Experts {
     }
 
     // Merges the attention of one row, all of whose parts were kept: (heads * head_dim,).
-    void merge_row(int row, InputRow to, Scratch& mine) {
+    void merge_row(const Cut& cut, int row, InputRow to, Scratch& mine) {
         for (int head = 0; head < c.heads; head++) {
-            merge_parts(row, head, mine.sums.data());
+            merge_parts(cut, row, head, mine.sums.data());
             write_attention(mine.sums.data(), c.head_dim, to, head * c.head_dim);
         }
     }
 
     // Merges the kept parts of a row's head in order. Leaves `sums` unchanged if none was kept.
-    void merge_parts(int row, int head, float* sums) {
+    void merge_parts(const Cut& cut, int row, int head, float* sums) {
         for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++)
             merge(sums, &parts[((long)p * c.heads + head) * result_size(c.head_dim)], c.head_dim, p == cut.part_at[row]);
     }
@@ -267,6 +272,7 @@ struct Engine : Experts {
     // Runs a layer in LAYER_STAGES stages from `at` on.
     void run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
+        const Cut& cut = cut_of(layer);
         Scratch& mine = scratch[me];
         int tasks = c.hidden / COLUMNS, width = c.heads * c.head_dim;
         const Operand* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
@@ -285,7 +291,7 @@ struct Engine : Experts {
                   attend_task(layer, *task, more ? task + b.threads : nullptr, mine);
               });
         x = shared.data();
-        if (!cut.whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
+        if (!cut.whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(cut, row, to, mine); });
         at++;
         columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
         x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
@@ -312,8 +318,12 @@ struct Engine : Experts {
     // `residual`.
     void step(const ms_batch& batch, int from) {
         b = batch;
-        cut.make(b, c.kv_heads, c.page_tokens, group() <= TILE && c.page_tokens % TILE == 0);
-        parts.resize((size_t)cut.part_at[b.rows] * c.heads * result_size(c.head_dim));
+        const bool together = group() <= TILE && c.page_tokens % TILE == 0;
+        slides = c.window && *std::max_element(b.positions, b.positions + b.rows) >= c.window;
+        cut.make(b, c.kv_heads, c.page_tokens, together, 0);
+        if (slides) local.make(b, c.kv_heads, c.page_tokens, together, c.window);
+        const int kept = std::max(cut.part_at[b.rows], slides ? local.part_at[b.rows] : 0);
+        parts.resize((size_t)kept * c.heads * result_size(c.head_dim));
         if (!b.logits) {
             logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
             b.logits = logits.data();
