@@ -9,6 +9,7 @@ import attrs
 import pytest
 import trio
 
+from memserve.actors import engine_thread
 from memserve.actors.engine_thread import EngineThread
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.guide import Guide
@@ -64,6 +65,7 @@ class Device:
 
     log: list[str] = attrs.field(factory=list)
     steps: dict[int, Step] = attrs.field(factory=dict)
+    ends_at_once: bool = False
 
     def launch(self, given: BatchPlan) -> Step:
         """Note the launch."""
@@ -71,8 +73,10 @@ class Device:
         if number < 0:
             raise RuntimeError("the device is gone")
         self.log.append(f"launch {number}")
-        self.steps[number] = Step(number, self.log)
-        return self.steps[number]
+        step = self.steps[number] = Step(number, self.log)
+        if self.ends_at_once:
+            step.ended.set()
+        return step
 
     def run(self, given: BatchPlan) -> BatchResult:
         """Not used where steps overlap."""
@@ -154,6 +158,20 @@ async def test_a_step_that_ends_first_is_reported_without_another() -> None:
         await running.until("launch 1", "read 1", "launch 2")
         running.device.steps[2].ended.set()
         await running.until_reported(1, 2)
+        nursery.cancel_scope.cancel()
+
+
+async def test_no_wait_for_a_plan_outlasts_its_time(monkeypatch) -> None:
+    """Looking for the next plan ends when its time is over, however short: a SimpleQueue sometimes waited for ever."""
+    monkeypatch.setattr(engine_thread, "LOOK_S", 1e-9)
+    running = Running(Device(ends_at_once=True))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        with trio.fail_after(30):
+            for number in range(1, 6001):
+                running.give(plan(number, followed=True))
+                while len(running.reported) < number:
+                    await trio.sleep(0)
         nursery.cancel_scope.cancel()
 
 

@@ -27,8 +27,11 @@ class EngineThread:
 
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
         self._make, self._guide = make, guide
-        self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
-        """Holds one plan, or two for an engine that overlaps steps: a core gives it no more unfinished steps."""
+        self._plans: queue.Queue[BatchPlan | None] = queue.Queue()
+        """Holds one plan, or two for an engine that overlaps steps: a core gives it no more unfinished steps.
+
+        Not a SimpleQueue: up to Python 3.12, a wait with a timeout lasts for ever if that is over too early.
+        """
         self._token = trio.lowlevel.current_trio_token()
         self._ready = trio.Event()
         self._ended = trio.Event()
