@@ -67,11 +67,10 @@ def load(tmp_path_factory):
 def test_every_family_gives_the_logits_of_the_cpu(load, name):
     """For every model family the engine's logits are those of the torch model on the CPU, within a sliding window."""
     spec, weights = load(name)
-    length = min(90, spec.full_context)
-    ids = prompt(length, len(name), VOCAB)
+    ids = prompt(min(90, spec.full_context), len(name), VOCAB)
     ours, theirs = FlashRunner(spec, weights), Runner(spec, weights)
-    ours_pages, their_pages = ours.pages(length), theirs.pages(length)
-    for a, b in pairwise([0, *(cut for cut in (33, 65, *range(66, 90)) if cut < length), length]):
+    ours_pages, their_pages = ours.pages(len(ids)), theirs.pages(len(ids))
+    for a, b in pairwise([0, *(cut for cut in (33, 65, *range(66, 90)) if cut < len(ids)), len(ids)]):
         part = pack(ids[a:b])
         found = ours.step(Row(part, a, ours_pages, GREEDY))
         assert float((found - theirs.step(Row(part, a, their_pages, GREEDY))).abs().max()) < 1e-4
