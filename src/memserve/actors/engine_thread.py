@@ -30,7 +30,7 @@ class EngineThread:
         self._plans: queue.Queue[BatchPlan | None] = queue.Queue()
         """Holds one plan, or two for an engine that overlaps steps: a core gives it no more unfinished steps.
 
-        Not a SimpleQueue: up to Python 3.12, a wait with a timeout lasts for ever if that is over too early.
+        Not a SimpleQueue: up to Python 3.12, a get whose timeout is over before it begins to wait never returns.
         """
         self._token = trio.lowlevel.current_trio_token()
         self._ready = trio.Event()
